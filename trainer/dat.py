@@ -6,12 +6,14 @@
 
 Layout (little-endian, no magic, version, padding or checksum; `uleb` is an unsigned LEB128 number):
 
-    uleb entry count, then per entry: uleb name length in bytes | UTF-8 name | uleb scalar type | uleb ndim | ndim x uleb dim | data
+    uleb entry count
+    per entry: uleb name length in bytes | UTF-8 name | uleb scalar type | uleb ndim | ndim x uleb dim | data
 
-Promises: opening checks every header of the file before anything is handed out, and allocates nothing on the file's say-so;
-each broken rule has its own error (`trainer.dat_errors`); a file that is read and written again is the same, byte for byte; a
-writer leaves a whole file or none. Does not promise: anything about a file that another program shortens in place while it is
-open (this project's writers never do: they replace), nor about the values of the data. For little-endian machines.
+Promises: opening checks every header of the file before anything is handed out, and allocates nothing on the file's
+say-so; each broken rule has its own error (`trainer.dat_errors`); a file that is read and written again is the same,
+byte for byte; a writer leaves a whole file or none. Does not promise: anything about a file that another program
+shortens in place while it is open (this project's writers never do: they replace), nor about the values of the data.
+For little-endian machines.
 """
 
 import mmap
@@ -41,11 +43,12 @@ class DatReader:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not stat.S_ISREG(os.stat(self.path).st_mode):  # before opening: a pipe would block for ever
+        if not stat.S_ISREG(self.path.stat().st_mode):  # before opening: a pipe would block for ever
             raise err.NotAFileError(f"{self.path} is not a regular file", advice="Name a .dat file")
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            # A private mapping is writable, so torch wraps it without a copy or a warning, yet no write reaches the file.
+            # A private mapping is writable, so torch wraps it without a copy or a warning, yet no write reaches the
+            # file.
             data: mmap.mmap | bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
         self._view: memoryview | None = memoryview(data)
         self.entries: dict[str, Entry] = parse(self._view)
@@ -68,9 +71,10 @@ class DatReader:
     def tensor(self, name: str, *, device: torch.device | str | None = None) -> torch.Tensor:
         """The entry as a tensor of its shape and `ScalarType.dtype`; `KeyError` for an unknown name.
 
-        On the CPU it shares memory with the mapped file, except where its data is not aligned for its type: then it is a copy.
-        Treat it as read-only: writes change this process's view of the file, never the file. With a `device`, the bytes go there
-        directly. Raises `InvalidBoolError` for bool data other than 0 and 1, which would be undefined behaviour further on.
+        On the CPU it shares memory with the mapped file, except where its data is not aligned for its type: then it is
+        a copy. Treat it as read-only: writes change this process's view of the file, never the file. With a `device`,
+        the bytes go there directly. Raises `InvalidBoolError` for bool data other than 0 and 1, which would be
+        undefined behaviour further on.
         """
         entry, dtype = self.entries[name], self.entries[name].scalar_type.dtype
         if not entry.nbytes:
@@ -94,7 +98,7 @@ class DatReader:
         return pairs
 
     def pair_problems(self) -> list[DatError]:
-        """What keeps entries named like NVFP4 pairs from being pairs: no partner, wrong type, shapes that do not fit."""
+        """What keeps entries named like NVFP4 pairs from being such: no partner, wrong type, shapes that do not fit."""
         return list(find_pairs(self.entries)[1])
 
     def _slice(self, entry: Entry) -> memoryview:
@@ -138,8 +142,8 @@ class DatWriter:
     ) -> None:
         """Append one entry. A tensor must have the scalar type's dtype (uint8 also stands for types 100 and 101).
 
-        `shape` defaults to the tensor's own and is needed with bytes. Nothing is cast. Raises a `DatError` before a byte is
-        written; after an `OSError` the writer only discards.
+        `shape` defaults to the tensor's own and is needed with bytes. Nothing is cast. Raises a `DatError` before a
+        byte is written; after an `OSError` the writer only discards.
         """
         if self._opened is None:
             raise ValueError(f"{self.path}: the writer is closed")
@@ -188,7 +192,9 @@ class DatWriter:
 
 
 def copy_entry(reader: DatReader, writer: DatWriter, name: str) -> None:
-    """Copy one entry byte for byte: name, scalar type, shape and data. Raises `KeyError` or what `DatWriter.write` raises."""
+    """Copy one entry byte for byte: name, scalar type, shape and data. Raises `KeyError` or what `DatWriter.write`
+    raises.
+    """
     entry = reader.entries[name]
     writer.write(name, reader.raw(name), entry.scalar_type, entry.shape)
 

@@ -1,6 +1,7 @@
 """What can be wrong with a `.dat` file: one error per rule.
 
-Every message says what was found, in which entry, at which byte of the file, and what to do about it. `DatError` catches all.
+Every message says what was found, in which entry, at which byte of the file, and what to do about it. `DatError`
+catches all.
 """
 
 

@@ -1,7 +1,7 @@
 """The rules of the `.dat` container: scalar types, headers and shapes. `trainer.dat` is the way in.
 
-Every number of a header is checked before it is used, and a claim is compared with the bytes that are left before anything is
-allocated. A file that breaks a rule is looked at once more, to say which other format it is.
+Every number of a header is checked before it is used, and a claim is compared with the bytes that are left before
+anything is allocated. A file that breaks a rule is looked at once more, to say which other format it is.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from trainer import dat_errors as err
 from trainer.dat_errors import DatError
 
 MAX_ENTRIES = 1 << 18
-"""A mixture of 128 experts in 94 layers has 73,000 entries; each costs a few hundred bytes here, so a claim needs a limit."""
+"""A mixture of 128 experts in 94 layers has 73,000 entries; each costs a few hundred bytes here, so a claim needs a
+limit.
+"""
 MAX_NAME_BYTES = 4096
 MAX_DIMS = 64
 
@@ -215,7 +217,9 @@ def _number(view: memoryview, at: int, label: str | None, what: str) -> tuple[in
 
 
 def _foreign(view: memoryview) -> tuple[str, str] | None:
-    """What a file that is no `.dat` is, and what to do with it. Only asked after a rule is broken, so no valid file is refused."""
+    """What a file that is no `.dat` is, and what to do with it. Only asked after a rule is broken, so no valid file
+    is refused.
+    """
     head = bytes(view[:9])
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return (

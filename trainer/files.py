@@ -3,9 +3,10 @@
     with atomic_write("report.json", "w") as f:
         f.write(text)
 
-Promises: the path holds either its old content or all of the new one, whatever happens (an exception, an interrupt, a full disk,
-a power cut after the call returned); a failed write leaves nothing behind. Does not promise: that a process killed outright
-(SIGKILL) removes its temporary file, which is then found beside the target as `.NAME.RANDOM.tmp` and may be deleted.
+Promises: the path holds either its old content or all of the new one, whatever happens (an exception, an interrupt, a
+full disk, a power cut after the call returned); a failed write leaves nothing behind. Does not promise: that a process
+killed outright (SIGKILL) removes its temporary file, which is then found beside the target as `.NAME.RANDOM.tmp` and
+may be deleted.
 """
 
 import errno
@@ -22,8 +23,9 @@ from typing import IO, Any, Literal
 def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """Yield a file whose content takes the place of `path` when the block ends, and vanishes when the block raises.
 
-    `"w"` is UTF-8 with `\\n` line ends. A symbolic link is followed: its target is replaced, the link stays. The new file has
-    the permissions of the one it replaces, or those the umask gives. Raises `OSError` as the file system reports it.
+    `"w"` is UTF-8 with `\\n` line ends. A symbolic link is followed: its target is replaced, the link stays. The new
+    file has the permissions of the one it replaces, or those the umask gives. Raises `OSError` as the file system
+    reports it.
     """
     if mode not in ("wb", "w"):
         raise ValueError(f"atomic_write replaces whole files: mode must be 'wb' or 'w', not {mode!r}")
@@ -31,13 +33,13 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         # "x": never open a file that somebody else put there, not even through a link.
-        with open(temporary, "xb" if mode == "wb" else "x", **({} if mode == "wb" else _TEXT)) as file:
+        with temporary.open("xb" if mode == "wb" else "x", **({} if mode == "wb" else _TEXT)) as file:
             with suppress(FileNotFoundError):
-                os.chmod(temporary, target.stat().st_mode & 0o7777)
+                temporary.chmod(target.stat().st_mode & 0o7777)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        temporary.replace(target)
         _sync_folder(target.parent)
     except BaseException:  # KeyboardInterrupt and SystemExit too: nothing half-written stays
         temporary.unlink(missing_ok=True)
@@ -46,7 +48,7 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's content, in lower-case hexadecimal; reads in small pieces. Raises `OSError`."""
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,114 +1,285 @@
-"""NVFP4: blocks of 16 weights along the input features, 4-bit codes (E2M1) and one 8-bit scale (E4M3) a block.
+"""NVFP4: 4-bit weights in blocks of 16 along the input features, with one 8-bit scale a block.
 
-value = E2M1 code x block scale; there is no scale for the whole tensor.
+    qdata, scale = quantise(weight)                 # what a file holds
+    weight = dequantise(qdata, scale)               # exact in bfloat16
+    fake_quantise_(master, out=shadow)              # both at once, for a forward pass in shipping numerics
+
+A value is level x scale: the level one of +-(0, 0.5, 1, 1.5, 2, 3, 4, 6) (E2M1, a sign bit and the index; two codes a
+byte, the even column in the low half), the scale a float8 E4M3FN. There is no scale for the whole tensor (unlike
+NVIDIA's own layout), so usual weights have scales at E4M3's coarse end, where choosing the scale well matters. The
+formats are those of the OCP Microscaling (MX) specification 1.0 (E2M1) and the OCP 8-bit floating point specification
+1.0 (E4M3).
+
+The rules, in float32 arithmetic of IEEE 754 without reordering, so that every device and thread count gives the same
+bits:
+
+- `amax`: scale = (largest magnitude of the block) / 6 in E4M3, to nearest, ties to even.
+- `mse`: of seven codes, one below to five above that of `amax`, the one with the least squared error over the block;
+  errors are compared without their last three bits, and equal ones go to the code nearer that of `amax`, then to the
+  lower.
+- A scale is at most 448 (larger weights saturate at 6 x 448) and, unless the block is all zeros, at least 2^-9 (so
+  weights of at most 2^-11 become zeros). A block of zeros has scale 0.
+- A code is the level nearest to weight / scale; ties go to the even index; beyond 6 is 6. The sign bit is kept, also of
+  zeros: -0.0, and what rounds to zero from below, has code 8. Under a scale of 0 a code is the sign alone.
+- Infinities and NaN in weights or scales are refused.
+
+Consequences, all tested: quantising a decoded weight with its stored scales returns the stored codes (but for levels
+other than 0 under a scale of 0); decoding to bfloat16 is exact for E4M3 scales; an outlier's block has a large scale
+and small neighbours become 0.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from trainer import nvfp4_plain
+from trainer.nvfp4_cpu import BLOCK, NonFiniteError, Piece, each_piece
+
+__all__ = [
+    "BLOCK",
+    "NonFiniteError",
+    "Rule",
+    "dequantise",
+    "fake_quantise",
+    "fake_quantise_",
+    "quantise",
+    "quantise_activations",
+    "quantise_with_scales",
+]
+
 Rule = Literal["mse", "amax"]
-BLOCK = 16
-_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_NEIGHBOURS = {"amax": (0,), "mse": (0, 1, -1, 2)}
 
-
-def _check(w: Tensor, name: str) -> None:
-    label = f"tensor {name!r}" if name else "the tensor"
-    if w.ndim != 2 or w.shape[1] % BLOCK:
-        raise ValueError(f"{label} has shape {tuple(w.shape)}: NVFP4 needs [out, in] with in divisible by {BLOCK}")
-    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{label} is {w.dtype}: NVFP4 quantises float32, bfloat16 or float16")
-    if not bool(torch.isfinite(w).all()):
-        raise ValueError(f"{label} holds an infinity or NaN: it cannot be quantised")
-
-
-def _round(y: Tensor) -> Tensor:
-    c = y.clamp(max=6.0)
-    p = (c.clamp(min=1.0).view(torch.int32) & 0x7F800000) + (22 << 23)
-    m = p.view(torch.float32)
-    return (c + m) - m
-
-
-def _scales(w: Tensor, rule: Rule) -> Tensor:
-    a = w.abs()
-    amax = a.amax(-1)
-    base = (amax / 6).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-    best = None
-    for step in _NEIGHBOURS[rule]:
-        code = (base + step).clamp(1, 126)
-        s = code.to(torch.uint8).view(torch.float8_e4m3fn).float()
-        y = a / s[..., None]
-        d = (y - _round(y)).square()
-        d = d[..., :8] + d[..., 8:]
-        d = d[..., :4] + d[..., 4:]
-        d = d[..., :2] + d[..., 2:]
-        e = (d[..., 0] + d[..., 1]) * (s * s)
-        if best is None:
-            best, chosen = e, code
-        else:
-            better = e < best
-            best, chosen = torch.where(better, e, best), torch.where(better, code, chosen)
-    return torch.where(amax > 0, chosen, 0).to(torch.uint8).view(torch.float8_e4m3fn)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SCALES = (torch.float8_e4m3fn, torch.float16, torch.float32)
+_SLAB = 1 << 20
+"""Blocks at a time on other devices: bounds the temporary memory of the plain path to about a gigabyte."""
 
 
 def quantise(w: Tensor, *, rule: Rule = "mse", name: str = "") -> tuple[Tensor, Tensor]:
-    """(qdata uint8 [out, in / 2], scale float8_e4m3fn [out, in / 16]) of a weight [out, in]."""
-    _check(w, name)
-    scale = _scales(w.float().unflatten(-1, (-1, BLOCK)), rule)
-    return quantise_with_scales(w, scale), scale
+    """Codes and scales of a weight.
+
+    w: float32, bfloat16 or float16 [out, in], in divisible by 16. Returns qdata uint8 [out, in / 2] and scale
+    float8_e4m3fn [out, in / 16]. `name` is for the errors: `TypeError`, `ValueError` for the shape or the rule,
+    `NonFiniteError`.
+    """
+    blocks = _blocks(w, name)
+    _check_rule(rule)
+    qdata = torch.empty(blocks.shape[0], BLOCK // 2, dtype=torch.uint8, device=w.device)
+    scale = torch.empty(blocks.shape[0], dtype=torch.float8_e4m3fn, device=w.device)
+
+    def piece(p: Piece, part: slice) -> None:
+        p.load(blocks[part])
+        p.refuse_nan()
+        p.choose(rule)
+        p.encode()
+        qdata[part].numpy()[...] = p.codes
+        scale[part].view(torch.uint8).numpy()[...] = p.scale8.view(torch.uint8).numpy()
+
+    def plain(part: slice) -> None:
+        slab = blocks[part].float()
+        scale[part] = nvfp4_plain.choose(slab, rule)
+        _refuse_nan(scale[part])
+        qdata[part] = nvfp4_plain.encode(slab, scale[part])
+
+    _work(blocks.shape[0], piece, plain, name, values=blocks)
+    return qdata.view(w.shape[0], w.shape[1] // 2), scale.view(w.shape[0], w.shape[1] // BLOCK)
 
 
-def quantise_with_scales(w: Tensor, scale: Tensor) -> Tensor:
-    """The codes, uint8 [out, in / 2], of a weight under given block scales [out, in / 16]."""
-    _check(w, "")
-    blocks = w.float().unflatten(-1, (-1, BLOCK))
-    s = scale.float()[..., None]
-    y = blocks.abs() / torch.where(s == 0, torch.inf, s)
-    r = _round(y)
-    index = torch.bucketize(r, torch.tensor(_LEVELS, device=w.device)).to(torch.uint8)
-    code = (index + 8 * torch.signbit(blocks).to(torch.uint8)).flatten(-2)
-    return code[:, 0::2] | code[:, 1::2] << 4
+def quantise_with_scales(w: Tensor, scale: Tensor, *, name: str = "") -> Tensor:
+    """The codes, uint8 [out, in / 2], of a weight as in `quantise` under scales [out, in / 16] of E4M3, float16 or
+    float32.
+    """
+    blocks = _blocks(w, name)
+    scales = _flat_scales(scale, (w.shape[0], w.shape[1] // BLOCK), name)
+    qdata = torch.empty(blocks.shape[0], BLOCK // 2, dtype=torch.uint8, device=w.device)
+
+    def piece(p: Piece, part: slice) -> None:
+        p.load(blocks[part])
+        p.refuse_nan()
+        p.take_scales(scales[part])
+        p.encode()
+        qdata[part].numpy()[...] = p.codes
+
+    def plain(part: slice) -> None:
+        slab = blocks[part].float()
+        _refuse_nan(slab)
+        _refuse_nan(scales[part])
+        qdata[part] = nvfp4_plain.encode(slab, scales[part])
+
+    _work(blocks.shape[0], piece, plain, name, values=blocks, scales=scales)
+    return qdata.view(w.shape[0], w.shape[1] // 2)
 
 
 def dequantise(
-    qdata: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None
+    qdata: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.bfloat16, out: Tensor | None = None, name: str = ""
 ) -> Tensor:
-    """The weight [out, in] of codes and scales; exact in bfloat16 for E4M3 scales."""
-    levels = torch.tensor(_LEVELS + tuple(-v for v in _LEVELS), device=qdata.device)
-    codes = torch.stack((qdata & 15, qdata >> 4), -1).flatten(-2).int()
-    w = (levels[codes].unflatten(-1, (-1, BLOCK)) * scale.float()[..., None]).flatten(-2)
-    return w.to(dtype) if out is None else out.copy_(w)
+    """The weight [out, in] of codes uint8 [out, in / 2] and scales [out, in / 16] (E4M3, float16 or float32).
+
+    The product is taken in float32 and rounded once to `dtype` (float32, bfloat16 or float16), or to that of `out`,
+    which is then filled and returned. Exact for E4M3 scales. Raises `TypeError`, `ValueError`, and `NonFiniteError` for
+    such scales.
+    """
+    if qdata.dtype != torch.uint8 or qdata.ndim != 2 or qdata.shape[1] % 8:
+        raise ValueError(
+            f"{_label(name)}: qdata is {qdata.dtype} {tuple(qdata.shape)}, not uint8 [out, a multiple of 8]"
+        )
+    shape = (qdata.shape[0], qdata.shape[1] * 2)
+    scales = _flat_scales(scale, (shape[0], shape[1] // BLOCK), name)
+    target, flat = _target(out, shape, dtype, qdata.device, name)
+    codes = qdata.detach().contiguous().view(-1, BLOCK // 2)
+
+    def piece(p: Piece, part: slice) -> None:
+        p.take_scales(scales[part])
+        p.decode(codes[part].numpy(), flat[part])
+
+    def plain(part: slice) -> None:
+        _refuse_nan(scales[part])
+        flat[part] = nvfp4_plain.decode(codes[part], scales[part]).to(flat.dtype)
+
+    _work(codes.shape[0], piece, plain, name, scales=scales)
+    return _delivered(target, flat)
 
 
-@torch.no_grad()
 def fake_quantise_(src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = "") -> None:
-    """out <- dequantise(quantise(src)), bit for bit."""
-    dequantise(*quantise(src, rule=rule, name=name), out=out)
+    """out <- dequantise(*quantise(src)), bit for bit, in one pass and without a gradient.
+
+    src: as in `quantise`; out: the same shape, float32, bfloat16 or float16; it may be src itself. Raises as `quantise`
+    does; out is then partly written.
+    """
+    _check_rule(rule)
+    _fake(src, out, rule, name, strict=True)
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, w: Tensor, rule: Rule) -> Tensor:
-        out = torch.empty_like(w)
-        fake_quantise_(w, out, rule=rule)
-        return out
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient, None
-
-
-def fake_quantise(w: Tensor, *, rule: Rule = "mse") -> Tensor:
-    """The quantised weight, with the gradient passed straight through."""
-    result: Tensor = _StraightThrough.apply(w, rule)  # type: ignore[no-untyped-call]
+def fake_quantise(w: Tensor, *, rule: Rule = "mse", name: str = "") -> Tensor:
+    """The quantised weight, of w's shape and dtype; the gradient goes straight through to w, unchanged."""
+    _check_rule(rule)
+    result: Tensor = _StraightThrough.apply(w, rule, name, True)  # type: ignore[no-untyped-call]
     return result
 
 
 def quantise_activations(x: Tensor) -> Tensor:
-    """x [..., features] as NVFP4 activations: blocks of 16, scale amax / 6 in E4M3; same dtype as x."""
-    flat = x.detach().reshape(-1, x.shape[-1])
-    out = torch.empty_like(flat)
-    fake_quantise_(flat, out, rule="amax", name="activations")
-    return out.view(x.shape)
+    """Activations as a 4-bit kernel sees them, of x's shape and dtype: rule `amax` on blocks of 16 along the last
+    dimension.
+
+    x: float32, bfloat16 or float16 [..., features], features divisible by 16. A block that holds an infinity or NaN
+    becomes NaN: nothing here waits for a device to find out. The gradient goes straight through.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    result: Tensor = _StraightThrough.apply(rows, "amax", "activations", False)  # type: ignore[no-untyped-call]
+    return result.view(x.shape)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, rule: Rule, name: str, strict: bool) -> Tensor:
+        out = torch.empty_like(w, memory_format=torch.contiguous_format)
+        _fake(w, out, rule, name, strict=strict)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradients[0], None, None, None
+
+
+def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool) -> None:
+    blocks = _blocks(src, name)
+    target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
+
+    def piece(p: Piece, part: slice) -> None:
+        p.load(blocks[part])
+        if strict:
+            p.refuse_nan()
+        p.choose(rule)
+        p.encode()
+        p.decode(p.codes, flat[part])
+
+    def plain(part: slice) -> None:
+        slab = blocks[part].float()
+        scale = nvfp4_plain.choose(slab, rule)
+        if strict:
+            _refuse_nan(scale)
+        flat[part] = nvfp4_plain.decode(nvfp4_plain.encode(slab, scale), scale).to(flat.dtype)
+
+    _work(blocks.shape[0], piece, plain, name, values=blocks)
+    _delivered(target, flat)
+
+
+def _work(
+    count: int,
+    piece: Callable[[Piece, slice], None],
+    plain: Callable[[slice], None],
+    name: str,
+    *,
+    values: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    """Run the fast path on the CPU, the plain one elsewhere; put the tensor's name and the place into a complaint."""
+    (given,) = {tensor.device for tensor in (values, scales) if tensor is not None}
+    try:
+        with torch.no_grad():
+            if given.type == "cpu":
+                each_piece(count, piece)
+            else:
+                for start in range(0, count, _SLAB):
+                    plain(slice(start, start + _SLAB))
+    except NonFiniteError:
+        for what, tensor in (("weight", values), ("scale", scales)):
+            if tensor is not None and len(bad := (~torch.isfinite(tensor.float())).flatten().nonzero()):
+                raise NonFiniteError(
+                    f"{_label(name)}: {len(bad)} {what}s are infinite or NaN, the first at flat index {int(bad[0])}"
+                ) from None
+        raise
+
+
+def _blocks(w: Tensor, name: str) -> Tensor:
+    if w.dtype not in _FLOATS:
+        raise TypeError(f"{_label(name)} is {w.dtype}: NVFP4 takes float32, bfloat16 or float16")
+    if w.ndim != 2 or w.shape[1] % BLOCK:
+        raise ValueError(
+            f"{_label(name)} has shape {tuple(w.shape)}: NVFP4 needs [out, in] with in divisible by {BLOCK}"
+        )
+    return w.detach().contiguous().view(-1, BLOCK)
+
+
+def _flat_scales(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
+    if scale.dtype not in _SCALES:
+        raise TypeError(f"{_label(name)}: scales are {scale.dtype}, not float8_e4m3fn, float16 or float32")
+    if tuple(scale.shape) != shape:
+        raise ValueError(f"{_label(name)}: scales have shape {tuple(scale.shape)}, not {shape}")
+    return scale.detach().contiguous().view(-1)
+
+
+def _target(
+    out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, name: str
+) -> tuple[Tensor, Tensor]:
+    """The tensor to return, and contiguous blocks to fill: its own memory where possible."""
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    if out.dtype not in _FLOATS or tuple(out.shape) != shape or out.device != device:
+        raise ValueError(
+            f"{_label(name)}: the output is {out.dtype} {tuple(out.shape)} on {out.device}, not float {shape} on {device}"
+        )
+    plain = out.detach()
+    return out, (plain if plain.is_contiguous() else torch.empty_like(plain).contiguous()).view(-1, BLOCK)
+
+
+def _delivered(out: Tensor, blocks: Tensor) -> Tensor:
+    if not out.is_contiguous():
+        out.detach().copy_(blocks.view(out.shape))
+    return out
+
+
+def _check_rule(rule: str) -> None:
+    if rule not in get_args(Rule):
+        raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(get_args(Rule))}")
+
+
+def _label(name: str) -> str:
+    return f"tensor {name!r}" if name else "the tensor"
+
+
+def _refuse_nan(x: Tensor) -> None:
+    if not bool(torch.isfinite(x.float()).all()):
+        raise NonFiniteError
