@@ -19,6 +19,7 @@ For little-endian machines.
 import mmap
 import os
 import stat
+import sys
 import types
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,8 @@ from trainer.dat_pairs import Pair, find_pairs
 from trainer.files import atomic_write
 
 __all__ = ["DatError", "DatReader", "DatWriter", "Entry", "Pair", "ScalarType", "copy_entry"]
+
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 
 
 class DatReader:
@@ -49,7 +52,9 @@ class DatReader:
             size = os.fstat(file.fileno()).st_size
             # A private mapping is writable, so torch wraps it without a copy or a warning, yet no write reaches the
             # file.
-            data: mmap.mmap | bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
+            # NORESERVE: the file may be larger than memory.
+            flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            data: mmap.mmap | bytes = mmap.mmap(file.fileno(), size, flags=flags, prot=prot) if size else b""
         self._view: memoryview | None = memoryview(data)
         self.entries: dict[str, Entry] = parse(self._view)
         """Every entry by name, in file order."""

@@ -259,7 +259,7 @@ def _target(
         out = torch.empty(shape, dtype=dtype, device=device)
     if out.dtype not in _FLOATS or tuple(out.shape) != shape or out.device != device:
         raise ValueError(
-            f"{_label(name)}: the output is {out.dtype} {tuple(out.shape)} on {out.device}, not float {shape} on {device}"
+            f"{_label(name)}: output is {out.dtype} {tuple(out.shape)} on {out.device}, not float {shape} on {device}"
         )
     plain = out.detach()
     return out, (plain if plain.is_contiguous() else torch.empty_like(plain).contiguous()).view(-1, BLOCK)

@@ -1,7 +1,7 @@
 """The fast NVFP4 path for CPUs: numpy over pieces that stay in the caches, from a few threads.
 
-Promises: the results of the plain path in `trainer.nvfp4_plain`, bit for bit, whatever the number of threads. Why it looks as
-it does:
+Promises: the results of the plain path in `trainer.nvfp4_plain`, bit for bit, whatever the number of threads. Why it
+looks as it does:
 
 - A piece is transposed to [16, blocks], so that a block's scale lies along the long axis: every operation is then a
   plain vector loop, and a sum over a block is four additions of halves, in an order that no library chooses for us.
