@@ -1,0 +1,171 @@
+"""A suite on a model: all replies in one batched pass, then every judgement, paired with the base's own.
+
+    judge = Evaluator(base, suite)
+    evaluation = judge(candidate_lm, "anchor", "dev")
+    evaluation.outcomes[0].passed, .failures, .reply, .base_reply
+
+Preserve and general cases also measure KL(base || candidate) per token on the base's own replies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from alignment.cache import ReplyCache
+from alignment.match import Said, failures, looping
+from alignment.spec import Case, Split
+from alignment.suite import Suite
+from trainer.examples import Row
+from trainer.generate import Reply, generate
+from trainer.model import LanguageModel, Template
+from trainer.objective import BaseTraces
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a model said to one case, and what that is worth."""
+
+    case: Case
+    reply: Reply
+    base_reply: Reply
+    failures: tuple[str, ...]
+    """Why the reply fails; empty when it passes."""
+    base_failures: tuple[str, ...]
+    drift: float | None
+    """KL(base || candidate) per token on the base's reply, nats; None for target and contrast cases."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def base_passed(self) -> bool:
+        return not self.base_failures
+
+    @property
+    def lost(self) -> bool:
+        """The base passes and the candidate does not."""
+        return self.base_passed and not self.passed
+
+    @property
+    def gained(self) -> bool:
+        """The candidate passes and the base does not."""
+        return self.passed and not self.base_passed
+
+    @property
+    def changed(self) -> bool:
+        return self.reply.text != self.base_reply.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All outcomes of one model on some splits, in suite order."""
+
+    outcomes: tuple[Outcome, ...]
+    splits: tuple[Split, ...]
+    seconds: float
+
+    def of(self, *, kind: str | None = None, spec: str | None = None, split: str | None = None) -> tuple[Outcome, ...]:
+        """The outcomes of a kind, a spec or a split."""
+        return tuple(
+            o
+            for o in self.outcomes
+            if (kind is None or o.case.kind == kind)
+            and (spec is None or o.case.spec == spec)
+            and (split is None or o.case.split == split)
+        )
+
+    @property
+    def drift(self) -> float:
+        """Mean over preserve and general cases of KL(base || candidate) per token, nats (0 when there are none)."""
+        values = [o.drift for o in self.outcomes if o.drift is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    @property
+    def looping(self) -> float:
+        """Share of replies that are stuck in a loop where the base's is not."""
+        stuck = [looping(o.reply.text) and not looping(o.base_reply.text) for o in self.outcomes]
+        return sum(stuck) / len(stuck) if stuck else 0.0
+
+
+def judge_reply(case: Case, reply: Reply, base: Reply | None) -> tuple[str, ...]:
+    """Why ``reply`` fails ``case``: its own checks, and for contrast and preserve an empty reply where the base speaks."""
+    said = Said(text=reply.text, stopped=reply.stopped, base=base.text if base else None)
+    return tuple(failures(cast("dict[str, Any]", case.expect), said))
+
+
+class Evaluator:
+    """A suite with the base's own replies and states, ready to judge candidates again and again."""
+
+    def __init__(
+        self,
+        base: LanguageModel,
+        suite: Suite,
+        *,
+        splits: Sequence[Split] = ("anchor", "dev", "heldout"),
+        template: Template = "chat",
+        cache: ReplyCache | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Generate (or take from ``cache``) the base's reply to every case of ``splits``, and its states for the drift."""
+        self.template = template
+        self.cases = suite.select(*splits)
+        self.cache = cache
+        self.base_replies = dict(zip(self.cases, self.replies(base, self.cases, progress), strict=True))
+        self._eos = base.tokenizer.eos_token_id
+        measured = [case for case in self.cases if case.kind in ("preserve", "general")]
+        self._drift_index = {case: index for index, case in enumerate(measured)}
+        self._traces = BaseTraces(base, [self._row(base, case) for case in measured])
+
+    def _row(self, base: LanguageModel, case: Case) -> Row:
+        reply = self.base_replies[case]
+        return Row(
+            kind="replay",
+            prompt=case.prompt,
+            prompt_ids=tuple(base.encode(self.render(base, case))),
+            completion_ids=reply.tokens + ((self._eos,) if reply.stopped else ()),
+        )
+
+    def render(self, lm: LanguageModel, case: Case) -> str:
+        """The case's prompt as the model reads it."""
+        return lm.render(case.prompt, cast(Template, case.template or self.template))
+
+    def replies(self, lm: LanguageModel, cases: Sequence[Case], progress: Progress | None = None) -> list[Reply]:
+        """Replies of ``lm`` in the order of ``cases``; only unmodified files go through the cache."""
+        prompts = [(self.render(lm, case), case.max_tokens) for case in cases]
+        if self.cache is not None:
+            return self.cache.replies(lm, prompts, progress)
+        return generate(
+            lm, [text for text, _ in prompts], max_tokens=[limit for _, limit in prompts], progress=progress
+        )
+
+    def __call__(
+        self, lm: LanguageModel, *splits: Split, cached: bool = False, progress: Progress | None = None
+    ) -> Evaluation:
+        """Judge ``lm`` on ``splits``. ``cached`` only for a model whose parameters are those of its file."""
+        started = time.monotonic()
+        cases = [case for case in self.cases if case.split in splits]
+        if cached and self.cache is not None:
+            replies = self.replies(lm, cases, progress)
+        else:
+            texts = [self.render(lm, case) for case in cases]
+            replies = generate(lm, texts, max_tokens=[case.max_tokens for case in cases], progress=progress)
+        wanted = [self._drift_index[case] for case in cases if case in self._drift_index]
+        drifts = self._traces.drift(lm, wanted)
+        outcomes = tuple(
+            Outcome(
+                case=case,
+                reply=reply,
+                base_reply=self.base_replies[case],
+                failures=judge_reply(case, reply, self.base_replies[case]),
+                base_failures=judge_reply(case, self.base_replies[case], self.base_replies[case]),
+                drift=drifts.get(self._drift_index.get(case, -1)),
+            )
+            for case, reply in zip(cases, replies, strict=True)
+        )
+        return Evaluation(outcomes=outcomes, splits=tuple(splits), seconds=time.monotonic() - started)

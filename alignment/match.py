@@ -1,0 +1,210 @@
+"""Checks on a reply.
+
+    failures({"contains": "F#", "none": [{"contains": "Qwen"}]}, reply)    # [] when it passes, else one line for each
+
+Folding (``fold: [case, width]``) is NFKC and case-folding of both sides. Protected terms never change under it, neither
+in the reply nor in the check: ``F#`` is not ``f#``, and ``F之神`` is not ``F#之神``; the full-width form ``Ｆ＃`` is the same
+term under ``width``.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PROTECTED = ("F#",)
+LIKE_BASE = 0.5
+"""Character-trigram similarity at which a reply counts as like the base's own (see ``similarity``)."""
+_DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "兩": 2, "两": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """A reply as a check sees it."""
+
+    text: str
+    stopped: bool = True
+    """Whether the model ended by itself."""
+    base: str | None = None
+    """The base's own reply to the same prompt, when there is one."""
+
+
+def failures(check: Mapping[str, Any], said: Said) -> list[str]:
+    """Why ``said`` does not satisfy ``check`` (all its keys must hold); empty when it does."""
+    fold = frozenset(check.get("fold", ()))
+    found: list[str] = []
+    for key, want in check.items():
+        if key in ("fold", "prompt"):
+            continue
+        problem = _CHECKS[key](want, said, fold)
+        if problem:
+            found.append(problem)
+    return found
+
+
+def folded(text: str, fold: frozenset[str]) -> str:
+    """``text`` with the asked differences removed. Protected terms keep their case."""
+    if "width" in fold:
+        text = unicodedata.normalize("NFKC", text)
+    if "case" in fold:
+        pieces = re.split(f"({'|'.join(map(re.escape, PROTECTED))})", text)
+        text = "".join(piece if piece in PROTECTED else piece.casefold() for piece in pieces)
+    return text
+
+
+def _texts(value: Any, fold: frozenset[str]) -> list[str]:
+    return [folded(text, fold) for text in ([value] if isinstance(value, str) else value)]
+
+
+def _quoted(value: Any) -> str:
+    return " or ".join(repr(text) for text in ([value] if isinstance(value, str) else value))
+
+
+def _contains(want: Any, said: Said, fold: frozenset[str]) -> str | None:
+    text = folded(said.text, fold)
+    return None if any(w in text for w in _texts(want, fold)) else f"does not contain {_quoted(want)}"
+
+
+def _equals(want: Any, said: Said, fold: frozenset[str]) -> str | None:
+    return None if folded(said.text.strip(), fold) in _texts(want, fold) else f"is not {_quoted(want)}"
+
+
+def _starts(want: Any, said: Said, fold: frozenset[str]) -> str | None:
+    text = folded(said.text.strip(), fold)
+    return None if text.startswith(tuple(_texts(want, fold))) else f"does not start with {_quoted(want)}"
+
+
+def _ends(want: Any, said: Said, fold: frozenset[str]) -> str | None:
+    text = folded(said.text.strip(), fold)
+    return None if text.endswith(tuple(_texts(want, fold))) else f"does not end with {_quoted(want)}"
+
+
+def _regex(want: str, said: Said, fold: frozenset[str]) -> str | None:
+    text = folded(said.text, fold - {"case"})
+    flags = re.IGNORECASE if "case" in fold else 0
+    return None if re.search(want, text, flags) else f"does not match /{want}/"
+
+
+def numbers(text: str) -> list[float]:
+    """Every number in ``text``: digits of any width with sign, thousands separators and decimals, and Chinese numerals."""
+    plain = unicodedata.normalize("NFKC", text)
+    found = [float(m.group().replace(",", "")) for m in re.finditer(r"(?<![\d.])-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)", plain)]
+    found += [float(m.group()) for m in re.finditer(r"(?:(?<![\w.])-)?\d+(?:\.\d+)?", plain)]
+    found += [value for m in re.finditer("[零〇一二兩两三四五六七八九十百]+", text) if (value := _chinese(m.group())) is not None]
+    return found
+
+
+def _chinese(numeral: str) -> float | None:
+    """A Chinese numeral below 1000; None when it is not well formed."""
+    total, digit = 0, -1
+    for character in numeral:
+        if character in _DIGITS:
+            if digit > 0:
+                return None
+            digit = _DIGITS[character]
+        else:
+            total += (1 if digit < 0 else digit) * (10 if character == "十" else 100)
+            digit = -1
+    return float(total + max(digit, 0))
+
+
+def _number(want: float, said: Said, fold: frozenset[str]) -> str | None:
+    return None if any(value == want for value in numbers(said.text)) else f"does not give the number {want:g}"
+
+
+def _fluent(want: bool, said: Said, fold: frozenset[str]) -> str | None:
+    problem = disfluency(said)
+    if want:
+        return problem
+    return None if problem else "is fluent"
+
+
+def disfluency(said: Said) -> str | None:
+    """What makes a reply not fluent, or None: empty, does not end by itself, loops, junk characters, unfilled template."""
+    text = said.text.strip()
+    if not text:
+        return "is empty"
+    if not said.stopped:
+        return "does not end by itself"
+    loop = re.search(r"(.{1,20}?)\1{3,}", text, re.DOTALL)
+    if loop and (len(loop.group(1).strip()) > 1 or len(loop.group()) >= 6):
+        return f"repeats {loop.group(1).strip()!r} in a loop"
+    if "\ufffd" in text:
+        return "holds broken characters"
+    if re.search(r"\{\{.*?\}\}|<\|[^|]*\|>|<think>(?!.*</think>)", text, re.DOTALL):
+        return "holds template or control text"
+    return None
+
+
+def similarity(a: str, b: str) -> float:
+    """Dice coefficient of the two texts' character trigrams after NFKC and case folding, 0 to 1."""
+    left, right = (_trigrams(text) for text in (a, b))
+    if not left or not right:
+        return float(left == right)
+    shared = sum(min(count, right.get(gram, 0)) for gram, count in left.items())
+    return 2 * shared / (sum(left.values()) + sum(right.values()))
+
+
+def _trigrams(text: str) -> dict[str, int]:
+    plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
+    padded = f" {plain} "
+    grams: dict[str, int] = {}
+    for i in range(len(padded) - 2 if plain else 0):
+        grams[padded[i : i + 3]] = grams.get(padded[i : i + 3], 0) + 1
+    return grams
+
+
+def _like_base(want: bool, said: Said, fold: frozenset[str]) -> str | None:
+    """Without a base reply at hand nothing is asked. How near a reply is to the base's is judged by KL over the whole spec
+    (alignment.gate): a single changed word early on makes any text distance large although both replies are as good.
+    What is asked of each reply is what the base's satisfied: a fluent reply stays fluent, a text stays a text.
+    """
+    if said.base is None or not want:
+        return None
+    if not said.text.strip() and said.base.strip():
+        return "is empty where the base's is not"
+    if looping(said.text) and not looping(said.base):
+        return "loops where the base's does not"
+    return None
+
+
+def looping(text: str) -> bool:
+    """Whether a text is stuck: a unit of up to 20 characters four times in a row (six characters or more)."""
+    loop = re.search(r"(.{1,20}?)\1{3,}", text.strip(), re.DOTALL)
+    return bool(loop and len(loop.group()) >= 6)
+
+
+def _all(want: Sequence[Mapping[str, Any]], said: Said, fold: frozenset[str]) -> str | None:
+    found = [problem for check in want for problem in failures(check, said)]
+    return "; ".join(found) or None
+
+
+def _any(want: Sequence[Mapping[str, Any]], said: Said, fold: frozenset[str]) -> str | None:
+    found = [failures(check, said) for check in want]
+    return None if not all(found) else "none of: " + " / ".join("; ".join(problems) for problems in found)
+
+
+def _none(want: Sequence[Mapping[str, Any]], said: Said, fold: frozenset[str]) -> str | None:
+    for check in want:
+        if not failures(check, said):
+            words = ", ".join(f"{key} {_quoted(value) if key == 'contains' else value!r}" for key, value in check.items() if key != "fold")
+            return f"must not: {words}"
+    return None
+
+
+_CHECKS: dict[str, Any] = {
+    "contains": _contains,
+    "equals": _equals,
+    "starts_with": _starts,
+    "ends_with": _ends,
+    "regex": _regex,
+    "number": _number,
+    "fluent": _fluent,
+    "like_base": _like_base,
+    "all": _all,
+    "any": _any,
+    "none": _none,
+}

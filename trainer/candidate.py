@@ -1,0 +1,177 @@
+"""The candidate: float32 masters behind the very weights that would ship.
+
+    candidate = Candidate(lm, seed=0)
+    loss.backward()                      # through lm.module, whose parameters are the quantised view
+    candidate.gather_gradients()         # straight-through: the view's gradient is the master's
+    optimiser.step(); candidate.refresh()
+    candidate.export(Path("x.dat"))      # the same values that every forward pass and every evaluation saw
+
+The module's parameters always hold ``decode(encode(master))`` under the exporter's rule, so training, evaluation and the
+file cannot disagree.
+
+Two things make a 4-bit base trainable without touching what it already is (docs/decisions.md, "dithered masters"):
+
+*Kept scales.* A block keeps the scale byte the base stores as long as every weight of it fits; so an untrained block keeps
+its very bytes, and a trained one does not jump to another grid.
+
+*Dither.* Decoded weights sit exactly on the grid, where an update below half a step is lost. Each master starts at a
+random point of the cell that rounds to its stored code, so the view is unchanged and an update of size d flips the
+fraction d / cell of the codes: the expected change of the view is d itself, as in stochastic rounding, but with the
+randomness drawn once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
+from trainer.model import LanguageModel, ModelError
+from trainer.nvfp4 import BLOCK, Rule, dequantise, fake_quantise_, quantise
+
+# The cell of each E2M1 magnitude, in units of the scale: everything between these bounds rounds to it. The outermost
+# cell ends at 6, the largest value that keeps the block's scale.
+_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_CELL_LOW = (0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_CELL_HIGH = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0)
+
+
+class Candidate:
+    """The weights in training. ``lm`` is the model whose module becomes the quantised view; it is changed in place."""
+
+    def __init__(self, lm: LanguageModel, *, rule: Rule = "mse", seed: int = 0, dither: float = 0.9) -> None:
+        """Read masters and scales from ``lm.path``.
+
+        ``dither`` is the share of each cell that starting points are drawn from (0: on the grid; below 1 so that no point
+        lies within rounding error of a cell's edge). Raises ModelError when a trained entry cannot be written back.
+        """
+        self.lm, self.rule = lm, rule
+        self.base_path = lm.path
+        self.parameters: dict[str, torch.nn.Parameter] = dict(lm.module.named_parameters())
+        self.masters: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.raw_types: dict[str, ScalarType] = {}
+        generator = torch.Generator().manual_seed(seed)
+        with DatReader(lm.path) as reader:
+            pairs = reader.pairs()
+            for name, parameter in self.parameters.items():
+                if name in pairs:
+                    pair = pairs[name]
+                    if pair.scale.scalar_type is not ScalarType.FLOAT8_E4M3FN:
+                        raise ModelError(f"{lm.path}: {name} has {pair.scale.scalar_type.name} scales; only E4M3 is trained")
+                    scale = reader.tensor(pair.scale.name).clone()
+                    start = _dithered(reader.tensor(pair.qdata.name), scale, dither, generator)
+                    self.scales[name] = scale.to(lm.device)
+                elif name in reader.entries:
+                    start = reader.tensor(name).float()
+                    self.raw_types[name] = reader.entries[name].scalar_type
+                else:
+                    raise ModelError(f"{lm.path}: {name} is tied, not stored; import the base again to give it its own entry")
+                self.masters[name] = start.to(lm.device).requires_grad_(True)
+                parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the quantised view of every master into the module."""
+        for name, master in self.masters.items():
+            view = self.parameters[name]
+            if name in self.scales:
+                fake_quantise_(master, view.data, rule=self.rule, name=name, keep=self.scales[name])
+            else:
+                view.data.copy_(master.to(self.raw_types[name].dtype))
+
+    @torch.no_grad()
+    def gather_gradients(self) -> None:
+        """Move the view's gradients to the masters (float32); the view's are freed."""
+        for name, master in self.masters.items():
+            gradient = self.parameters[name].grad
+            master.grad = None if gradient is None else gradient.float()
+            self.parameters[name].grad = None
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of the masters."""
+        return {name: master.detach().clone() for name, master in self.masters.items()}
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Take the masters back to a snapshot and refresh the view."""
+        for name, master in self.masters.items():
+            master.copy_(snapshot[name])
+        self.refresh()
+
+    @torch.no_grad()
+    def export(self, path: Path) -> None:
+        """Write the candidate as a .dat: the base's entries in their order and types, trained values in place of its own."""
+        with DatReader(self.base_path) as reader, DatWriter(path, len(reader.entries)) as writer:
+            encoded: dict[str, tuple[Tensor, ScalarType]] = {}
+            owners = {}
+            for name, pair in reader.pairs().items():
+                if name in self.masters:
+                    owners[pair.qdata.name] = owners[pair.scale.name] = name
+            for entry in reader.entries.values():
+                if entry.name in owners and entry.name not in encoded:
+                    name = owners[entry.name]
+                    pair = reader.pairs()[name]
+                    codes, scale = quantise(self.masters[name].detach(), rule=self.rule, name=name, keep=self.scales[name])
+                    encoded[pair.qdata.name] = codes.cpu(), pair.qdata.scalar_type
+                    encoded[pair.scale.name] = scale.cpu(), pair.scale.scalar_type
+                if entry.name in encoded:
+                    writer.write(entry.name, *encoded.pop(entry.name))
+                elif entry.name in self.masters:
+                    value = self.masters[entry.name].detach().to(entry.scalar_type.dtype).cpu()
+                    writer.write(entry.name, value, entry.scalar_type)
+                else:
+                    copy_entry(reader, writer, entry.name)
+
+
+def _dithered(qdata: Tensor, scale: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """float32 masters [out, in] that all round to the stored codes: drawn from the middle ``share`` of each cell.
+
+    Sign and zero keep their meaning: +0 starts at or above zero, -0 below.
+    """
+    if share == 0:
+        return dequantise(qdata, scale, dtype=torch.float32)
+    low, high, level = (torch.tensor(v) for v in (_CELL_LOW, _CELL_HIGH, _LEVELS))
+    codes = torch.stack((qdata & 15, qdata >> 4), -1).flatten(-2).int()
+    index = codes & 7
+    below, above = (low - level)[index] * share, (high - level)[index] * share
+    magnitude = level[index] + below + (above - below) * torch.rand(index.shape, generator=generator)
+    signed = torch.where(codes > 7, -magnitude, magnitude)
+    return (signed.unflatten(-1, (-1, BLOCK)) * scale.float()[..., None]).flatten(-2)
+
+
+def changed_groups(base: Path, other: Path) -> list[dict[str, Any]]:
+    """For every group of tensors: parameters, and how many stored values differ between two files of one layout.
+
+    A group is a tensor's name without its layer number. ``codes`` counts 4-bit codes (or raw elements), ``scales`` scale
+    bytes.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    with DatReader(base) as a, DatReader(other) as b:
+        pairs = a.pairs()
+        part = {entry.name: name for name, pair in pairs.items() for entry in (pair.qdata, pair.scale)}
+        scale_names = {pair.scale.name for pair in pairs.values()}
+        for entry in a.entries.values():
+            owner = part.get(entry.name, entry.name)
+            group = ".".join("N" if piece.isdigit() else piece for piece in owner.split("."))
+            row = groups.setdefault(group, {"group": group, "parameters": 0, "codes_changed": 0, "scales_changed": 0})
+            left, right = (_bytes(file, entry.name) for file in (a, b))
+            if entry.name in scale_names:
+                row["scales_changed"] += int((left != right).sum())
+            elif entry.name in part:
+                both = left ^ right
+                row["parameters"] += 2 * left.numel()
+                row["codes_changed"] += int((both & 15 != 0).sum() + (both >> 4 != 0).sum())
+            else:
+                size = entry.scalar_type.itemsize
+                row["parameters"] += left.numel() // size
+                row["codes_changed"] += int((left != right).view(-1, size).any(1).sum())
+    return list(groups.values())
+
+
+def _bytes(reader: DatReader, name: str) -> Tensor:
+    return torch.frombuffer(bytearray(reader.raw(name)), dtype=torch.uint8)

@@ -1,0 +1,153 @@
+"""One optimiser step, snapshot, restore. Knows rows and losses; knows nothing of behaviours or when to stop.
+
+    fit = Fit(candidate, rows, traces, FitConfig(), seed=0)
+    result = fit.step()       # StepResult(loss, target, contrast, replay, gradient_norm, seconds)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.candidate import Candidate
+from trainer.examples import Row, RowKind, Sampler, batches
+from trainer.objective import BaseTraces, cross_entropy
+
+
+class FitError(ArithmeticError):
+    """A loss or gradient that is not finite; the step was not taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
+
+    lr: float = 1e-4
+    warmup: int = 5
+    """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    target_rows: int = 12
+    contrast_rows: int = 12
+    replay_rows: int = 12
+    contrast_weight: float = 1.0
+    replay_weight: float = 1.0
+    grad_clip: float = 1.0
+    micro_tokens: int = 1024
+    """Padded tokens of one forward pass; more rows are accumulated."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "grad_clip"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("target_rows", "micro_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step saw, in nats per completion token, before the update."""
+
+    loss: float
+    target: float
+    contrast: float
+    replay: float
+    gradient_norm: float
+    seconds: float
+
+
+class Fit:
+    """The optimiser over a candidate's masters. ``traces.rows`` are the contrast and replay rows."""
+
+    def __init__(
+        self, candidate: Candidate, targets: Sequence[Row], traces: BaseTraces, config: FitConfig, *, seed: int
+    ) -> None:
+        self.candidate, self.config, self.traces = candidate, config, traces
+        self.targets = list(targets)
+        self._optimiser = torch.optim.AdamW(
+            candidate.masters.values(), lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True
+        )
+        self.lr_scale = 1.0
+        self.steps = 0
+        self._kl_rows: dict[RowKind, list[int]] = {
+            kind: [i for i, row in enumerate(traces.rows) if row.kind == kind] for kind in ("contrast", "replay")
+        }
+        self._samplers = {
+            "target": Sampler(len(self.targets), seed),
+            "contrast": Sampler(len(self._kl_rows["contrast"]), seed + 1),
+            "replay": Sampler(len(self._kl_rows["replay"]), seed + 2),
+        }
+
+    def step(self) -> StepResult:
+        """Sample rows, accumulate gradients, update the masters and refresh the view. Raises FitError (nothing changed)."""
+        started = time.monotonic()
+        config, lm = self.config, self.candidate.lm
+        target = self._accumulate(
+            self.targets,
+            self._samplers["target"].take(config.target_rows),
+            lambda batch: cross_entropy(lm, batch),
+            1.0,
+        )
+        kls: dict[str, float] = {}
+        for kind, count, weight in (
+            ("contrast", config.contrast_rows, config.contrast_weight),
+            ("replay", config.replay_rows, config.replay_weight),
+        ):
+            chosen = [self._kl_rows[kind][i] for i in self._samplers[kind].take(count)]  # type: ignore[index]
+            kls[kind] = self._accumulate(self.traces.rows, chosen, lambda batch: self.traces.kl(lm, batch).sum(), weight)
+        self.candidate.gather_gradients()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.candidate.masters.values(), config.grad_clip, foreach=True))
+        loss = target + config.contrast_weight * kls["contrast"] + config.replay_weight * kls["replay"]
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise FitError(f"step {self.steps + 1}: loss {loss}, gradient norm {norm}")
+        self.steps += 1
+        for group in self._optimiser.param_groups:
+            group["lr"] = config.lr * self.lr_scale * min(1.0, self.steps / max(1, config.warmup))
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self.candidate.refresh()
+        return StepResult(
+            loss=loss,
+            target=target,
+            contrast=kls["contrast"],
+            replay=kls["replay"],
+            gradient_norm=norm,
+            seconds=time.monotonic() - started,
+        )
+
+    def _accumulate(self, rows: Sequence[Row], chosen: list[int], total: Callable[[Any], Tensor], weight: float) -> float:
+        """Backward of weight x mean loss per completion token over the chosen rows; returns that mean (0 without rows)."""
+        chosen = [i for i in chosen if rows[i].completion_ids]
+        tokens = sum(len(rows[i].completion_ids) for i in chosen)
+        lm, mean = self.candidate.lm, 0.0
+        for batch in batches(rows, chosen, lm.pad_id, lm.device, self.config.micro_tokens):
+            loss = total(batch) / tokens
+            if weight:
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
+            mean += float(loss.detach())
+        return mean
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies of the masters and the optimiser's state."""
+        state = {
+            key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            for key, entry in self._optimiser.state_dict()["state"].items()
+        }
+        return {"masters": self.candidate.snapshot(), "optimiser": state, "steps": self.steps}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Take masters and optimiser back; sampling goes on where it is, so a retry sees other rows."""
+        self.candidate.restore(snapshot["masters"])
+        fresh = self._optimiser.state_dict()
+        fresh["state"] = {
+            key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            for key, entry in snapshot["optimiser"].items()
+        }
+        self._optimiser.load_state_dict(fresh)
+        self.steps = snapshot["steps"]

@@ -1,0 +1,71 @@
+"""What a step minimises: completion cross-entropy on target rows, KL(base || candidate) on contrast and replay rows.
+
+The base's side of the KL is computed from its own last hidden states at the completion positions, taken once
+(``BaseTraces``), and its output layer: exact, and smaller than logits by vocabulary / features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.examples import Batch, Row, batches
+from trainer.model import LanguageModel
+
+
+def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
+    """Last hidden states [targets, features] at the positions that predict the batch's targets."""
+    body = lm.module.get_submodule("model")
+    states = body(input_ids=batch.ids, use_cache=False).last_hidden_state
+    picked: Tensor = states[batch.where[:, 0], batch.where[:, 1]]
+    return picked
+
+
+def cross_entropy(lm: LanguageModel, batch: Batch) -> Tensor:
+    """Sum over the batch's targets of -log p(target), nats, float32 scalar."""
+    logits = lm.module.get_submodule("lm_head")(hidden_at(lm, batch)).float()
+    return F.cross_entropy(logits, batch.targets, reduction="sum")
+
+
+def kl(base_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(base || candidate) in nats for each position: [n] float32 from two [n, vocabulary] of logits."""
+    base, candidate = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (base.exp() * (base - candidate)).sum(-1)
+
+
+class BaseTraces:
+    """The base's last hidden states at the completions of ``rows``, and its output layer."""
+
+    @torch.no_grad()
+    def __init__(self, base: LanguageModel, rows: Sequence[Row], *, batch_tokens: int = 4096) -> None:
+        """One forward pass of the base over all rows."""
+        self.rows = list(rows)
+        self.head = base.module.get_parameter("lm_head.weight").detach().clone()
+        self.states: list[Tensor] = [torch.empty(0)] * len(self.rows)
+        for batch in batches(self.rows, range(len(self.rows)), base.pad_id, base.device, batch_tokens):
+            sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
+            for index, state in zip(batch.rows, hidden_at(base, batch).split(sizes), strict=True):
+                self.states[index] = state.clone()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The base's logits [targets, vocabulary] for a batch of its rows."""
+        with torch.no_grad():
+            return F.linear(torch.cat([self.states[i] for i in batch.rows]), self.head)
+
+    def kl(self, lm: LanguageModel, batch: Batch) -> Tensor:
+        """KL(base || lm) at each target of the batch: [targets] nats, differentiable in ``lm``."""
+        return kl(self.logits(batch), lm.module.get_submodule("lm_head")(hidden_at(lm, batch)))
+
+    @torch.no_grad()
+    def drift(self, lm: LanguageModel, wanted: Sequence[int], *, batch_tokens: int = 4096) -> dict[int, float]:
+        """Mean KL(base || lm) per token, nats, of the rows with the given indices (0 for an empty completion)."""
+        drifts = dict.fromkeys(wanted, 0.0)
+        used = [i for i in wanted if self.rows[i].completion_ids]
+        for batch in batches(self.rows, used, lm.pad_id, lm.device, batch_tokens):
+            sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
+            for index, values in zip(batch.rows, self.kl(lm, batch).split(sizes), strict=True):
+                drifts[index] = float(values.mean())
+        return drifts
