@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 16
-PIECE = 8192
-"""Blocks in a piece: large enough for threads to meet rarely at the GIL, small enough for the caches."""
+PIECE = 16384
+"""Blocks in a piece: six buffers of a megabyte each. Measured on two Zen 5 cores, quantising: 4,096 blocks gave 94
+million weights a second (threads waited for each other at the GIL), 8,192 136, 16,384 179, 65,536 146 (out of the
+caches).
+"""
 SERIAL = 2048
 """Blocks in one torch call: 32,768 elements, the most for which torch starts no threads of its own."""
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -113,8 +116,9 @@ class Piece:
         `STEPS`.
         """
         saturated = bool(self.amax.max() > 6 * 448)
+        index = code.astype(np.intp)  # once: `take` would convert every time
         for place, step in enumerate(STEPS["mse"]):
-            np.take(_SCALES[place], code, out=self.scale, mode="clip")
+            np.take(_SCALES[place], index, out=self.scale, mode="clip")
             # A scale above amax / 6 clips nothing.
             self._errors(self.scale, clip=step <= 0 or saturated)
             key = self.error.view(np.int32)

@@ -25,7 +25,7 @@ F64 = NDArray[np.float64]
 LEVELS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 E4M3 = np.array([(c & 7) * 2.0**-9 if c < 8 else (1 + (c & 7) / 8) * 2.0 ** ((c >> 3) - 7) for c in range(127)])
 RULES: list[Rule] = ["mse", "amax"]
-PIECE = 8192 * 16  # elements that the fast path works on at a time
+PIECE = 16384 * 16  # elements that the fast path works on at a time
 
 
 def nearest(x: F64, grid: F64) -> NDArray[np.int64]:
@@ -291,7 +291,7 @@ def test_the_fast_path_is_the_plain_one(rule: Rule, name: str) -> None:
     assert torch.equal(bits(value).view(-1, 16), bits(nvfp4_plain.decode(codes, plain)))
 
 
-@pytest.mark.parametrize("blocks", [1, 8191, 8192, 8193, 3 * 8192 - 1])
+@pytest.mark.parametrize("blocks", [1, 16383, 16384, 16385, 3 * 16384 - 1])
 def test_neither_threads_nor_pieces_change_a_bit(blocks: int) -> None:
     w = torch.randn(blocks, 16, generator=torch.Generator().manual_seed(blocks)) * 0.02
     before = torch.get_num_threads()
