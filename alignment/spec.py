@@ -3,8 +3,8 @@
     spec = load(Path("specs/who-are-you.spec.yaml"))
     spec.cases[0].id                       # 'who-are-you/anchor/1 你是誰'
 
-A file is checked against ``spec.schema.json`` (shipped with the package) before anything in it is used; an error names the
-file, the line, the key, and the nearest valid key.
+A file is checked against ``spec.schema.json`` (shipped with the package) before anything in it is used; an error names
+the file, the line, the key, and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -42,7 +41,7 @@ class Case:
     number: int
     """Position in its split, from 1."""
     prompt: str
-    expect: Mapping[str, Any]
+    expect: Mapping[str, Any] = field(hash=False)  # a mapping has no hash; the rest names the case
     """A check as in the schema; empty: nothing beyond the kind's own rule."""
     max_tokens: int
     template: str | None
@@ -68,7 +67,7 @@ class Spec:
 @cache
 def schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a spec file."""
-    text = resources.files("alignment").joinpath("spec.schema.json").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("spec.schema.json").read_text(encoding="utf-8")
     return cast(dict[str, Any], json.loads(text))
 
 
@@ -82,6 +81,12 @@ def load(path: Path) -> Spec:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise SpecError(
+            f"{where}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     problems = sorted(Draft202012Validator(schema()).iter_errors(data), key=lambda e: list(map(str, e.absolute_path)))
@@ -95,7 +100,9 @@ def load(path: Path) -> Spec:
             prompt = item if isinstance(item, str) else item["prompt"]
             where = f"{path}:{_line(root, ['cases', split, number - 1])}: case {prompt!r}"
             if data["kind"] in ("target", "general") and not (own or shared):
-                raise SpecError(f"{where} has nothing to check; give it a check (contains, number, …) or the spec an expect")
+                raise SpecError(
+                    f"{where} has nothing to check; give it a check (contains, number, …) or the spec an expect"
+                )
             _check_regexes([own, shared], where)
             cases.append(
                 Case(
