@@ -9,11 +9,16 @@ threads. Where it is far above the wall-clock figure, something else was running
 """
 
 import argparse
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
 from trainer.nvfp4 import dequantise, fake_quantise_, quantise, quantise_activations, quantise_with_scales
 
 
@@ -29,11 +34,38 @@ def measure(work: Callable[[], object], repeat: int) -> tuple[float, float]:
     return min(walls), min(cpus)
 
 
+def files(megabytes: int, repeat: int) -> None:
+    """Rewriting a `.dat` entry by entry beside copying the file, both down to the disk; in the system's temporary
+    folder.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "a.dat", Path(folder) / "b.dat"
+        data = torch.randint(0, 256, (megabytes << 16,), dtype=torch.uint8)
+        with DatWriter(source, 16) as writer:
+            for index in range(16):
+                writer.write(f"layer.{index}", data, ScalarType.UINT8)
+
+        def rewrite() -> None:
+            with DatReader(source) as reader, DatWriter(target, len(reader.entries)) as writer:
+                for name in reader.entries:
+                    copy_entry(reader, writer, name)
+
+        def copy() -> None:
+            shutil.copyfile(source, target)
+            with target.open("rb+") as file:
+                os.fsync(file.fileno())
+
+        print(f"\n{megabytes} MiB on disk{'':20}{'GB/s':>8}")
+        for label, work in {"copy the file": copy, "rewrite it as .dat": rewrite}.items():
+            print(f"{label:32}{megabytes * 1.048576e-3 / measure(work, repeat)[0]:8.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="threads to use (default 2)")
     parser.add_argument("--millions", type=int, default=64, help="weights, in millions (default 64)")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions, of which the best counts (default 3)")
+    parser.add_argument("--megabytes", type=int, default=512, help="size of the file to rewrite, in MiB (default 512)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -59,6 +91,8 @@ def main() -> None:
     for label, work in rows.items():
         wall, cpu = measure(work, options.repeat)
         print(f"{label:32}{millions / wall:8.0f}{millions * 4e-3 / wall:8.2f}{millions / cpu * options.threads:9.0f}")
+    if options.megabytes:
+        files(options.megabytes, options.repeat)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def choose(w: Tensor, rule: str) -> Tensor:
     """The scale of each block, float8_e4m3fn [...]; NaN for a block that holds an infinity or NaN."""
     a = w.abs()
     amax = a.amax(-1)
-    base = (amax / 6).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).long()
+    base = (amax / 6).clamp(max=448).to(torch.float8_e4m3fn).view(torch.uint8).long() & 0x7F  # NaN may be 0xFF
     codes = torch.from_numpy(CODES).to(w.device)
     code = codes[0][base]
     if rule == "mse":

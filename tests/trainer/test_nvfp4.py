@@ -86,6 +86,8 @@ def samples() -> dict[str, Tensor]:
     cases["few values"] = torch.randint(-12, 13, (64, 320), generator=generator) / 4
     cases["half zeros"] = torch.where(normal > 0, normal, -0.0)
     cases["extremes"] = torch.tensor([3.4e38, -3.4e38, 1e-45, -1e-45, 1e-38, 0.0, -0.0, 1.0] * 4).view(1, 32)
+    # More than 6 x 448, beside values that 416 holds exactly: the lower of the two largest scales is the better one.
+    cases["saturated"] = torch.tensor([[3584.0, *[2496.0] * 15]])
     return cases
 
 
@@ -230,6 +232,7 @@ def test_saturation_and_outliers() -> None:
         value = dequantise(qdata, scale)
         assert value[0, 16:18].tolist() == [-2688.0, 2688.0]
         assert abs(value[0, 0] - 100) <= 4
+    assert code_of(quantise(SAMPLES["saturated"])[1]).tolist() == [125]
 
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
