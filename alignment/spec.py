@@ -85,11 +85,17 @@ def load(path: Path) -> Spec:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise SpecError(
-            f"{where}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}"
+            f"{where}: not valid YAML: {', '.join(filter(None, (error.context, error.problem)))}; "
+            "a text that holds , : ? # [ or { needs quotes"
         ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SpecError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    problems = sorted(Draft202012Validator(schema()).iter_errors(data), key=lambda e: list(map(str, e.absolute_path)))
+    if twice := _repeated_key(root):
+        raise SpecError(f"{path}:{twice.start_mark.line + 1}: the key {twice.value!r} stands twice; join the two")
+    problems = sorted(
+        Draft202012Validator(schema()).iter_errors(data),
+        key=lambda e: (_line(root, list(e.absolute_path)), e.validator == "required"),  # a misspelt key is also missing
+    )
     if problems:
         raise SpecError(_explain(path, root, problems[0]))
     cases: list[Case] = []
@@ -103,7 +109,9 @@ def load(path: Path) -> Spec:
                 raise SpecError(
                     f"{where} has nothing to check; give it a check (contains, number, …) or the spec an expect"
                 )
-            _check_regexes([own, shared], where)
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise SpecError(f"{where} holds half a character; write the character itself, not two \\u escapes")
+            _check_checks([own, shared], where)
             cases.append(
                 Case(
                     spec=data["spec"],
@@ -119,18 +127,44 @@ def load(path: Path) -> Spec:
     return Spec(name=data["spec"], kind=data["kind"], says=data["says"], path=path, cases=tuple(cases))
 
 
-def _check_regexes(value: Any, where: str) -> None:
+def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
+    """The second of two equal keys of one mapping: YAML would silently drop the first, and every case under it."""
+    waiting, visited = [node], set[int]()  # by identity: an alias may make the document a graph
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in visited:
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            known = set[str]()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in known:
+                        return key
+                    known.add(key.value)
+                waiting.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+    return None
+
+
+def _check_checks(value: Any, where: str) -> None:
+    """Refuse what the schema cannot see: a regex that does not compile, a fold with nothing beside it."""
     if isinstance(value, dict):
+        if value.keys() == {"fold"}:
+            raise SpecError(
+                f"{where}: fold alone checks nothing; put it beside the check (contains, regex, …) it is for"
+            )
         if isinstance(value.get("regex"), str):
             try:
                 re.compile(value["regex"])
             except re.error as error:
                 raise SpecError(f"{where}: regex {value['regex']!r} is not valid: {error}") from error
         for inner in value.values():
-            _check_regexes(inner, where)
+            _check_checks(inner, where)
     elif isinstance(value, list):
         for inner in value:
-            _check_regexes(inner, where)
+            _check_checks(inner, where)
 
 
 def _line(node: yaml.Node | None, path: list[Any]) -> int:
