@@ -1,10 +1,10 @@
 """Checks on a reply.
 
-    failures({"contains": "F#", "none": [{"contains": "Qwen"}]}, reply)    # [] when it passes, else one line for each
+    failures({"contains": "F#", "none": [{"contains": "Qwen"}]}, said)    # [] when it passes, else one line for each
 
 Folding (``fold: [case, width]``) is NFKC and case-folding of both sides. Protected terms never change under it, neither
-in the reply nor in the check: ``F#`` is not ``f#``, and ``F之神`` is not ``F#之神``; the full-width form ``Ｆ＃`` is the same
-term under ``width``.
+in the reply nor in the check: ``F#`` is not ``f#``, and ``F之神`` is not ``F#之神``; the full-width form ``Ｆ＃`` is
+the same term under ``width``.
 """
 
 from __future__ import annotations
@@ -89,11 +89,15 @@ def _regex(want: str, said: Said, fold: frozenset[str]) -> str | None:
 
 
 def numbers(text: str) -> list[float]:
-    """Every number in ``text``: digits of any width with sign, thousands separators and decimals, and Chinese numerals."""
+    """Every number in ``text``: digits of any width (sign, thousands separators, decimals), and Chinese numerals."""
     plain = unicodedata.normalize("NFKC", text)
-    found = [float(m.group().replace(",", "")) for m in re.finditer(r"(?<![\d.])-?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)", plain)]
-    found += [float(m.group()) for m in re.finditer(r"(?:(?<![\w.])-)?\d+(?:\.\d+)?", plain)]
-    found += [value for m in re.finditer("[零〇一二兩两三四五六七八九十百]+", text) if (value := _chinese(m.group())) is not None]
+    plain = re.sub(r"(?<![\d.,])(\d{1,3}(?:,\d{3})+)(?!\d|,\d)", lambda m: m.group().replace(",", ""), plain)
+    found = [float(m.group()) for m in re.finditer(r"(?:(?<![\w.])-)?\d+(?:\.\d+)?", plain)]
+    found += [
+        value
+        for m in re.finditer("[零〇一二兩两三四五六七八九十百]+", text)
+        if (value := _chinese(m.group())) is not None
+    ]
     return found
 
 
@@ -123,15 +127,14 @@ def _fluent(want: bool, said: Said, fold: frozenset[str]) -> str | None:
 
 
 def disfluency(said: Said) -> str | None:
-    """What makes a reply not fluent, or None: empty, does not end by itself, loops, junk characters, unfilled template."""
+    """What makes a reply not fluent, or None: empty, does not end by itself, loops, junk characters, template text."""
     text = said.text.strip()
     if not text:
         return "is empty"
     if not said.stopped:
         return "does not end by itself"
-    loop = re.search(r"(.{1,20}?)\1{3,}", text, re.DOTALL)
-    if loop and (len(loop.group(1).strip()) > 1 or len(loop.group()) >= 6):
-        return f"repeats {loop.group(1).strip()!r} in a loop"
+    if unit := _loop(text):
+        return f"repeats {unit!r} in a loop"
     if "\ufffd" in text:
         return "holds broken characters"
     if re.search(r"\{\{.*?\}\}|<\|[^|]*\|>|<think>(?!.*</think>)", text, re.DOTALL):
@@ -158,9 +161,9 @@ def _trigrams(text: str) -> dict[str, int]:
 
 
 def _like_base(want: bool, said: Said, fold: frozenset[str]) -> str | None:
-    """Without a base reply at hand nothing is asked. How near a reply is to the base's is judged by KL over the whole spec
-    (alignment.gate): a single changed word early on makes any text distance large although both replies are as good.
-    What is asked of each reply is what the base's satisfied: a fluent reply stays fluent, a text stays a text.
+    """Without a base reply at hand nothing is asked. How near a reply is to the base's is judged by KL over the whole
+    spec (alignment.gate): a single changed word early on makes any text distance large although both are as
+    good. What is asked of each reply is what the base's satisfied: a fluent reply stays fluent, a text stays a text.
     """
     if said.base is None or not want:
         return None
@@ -172,9 +175,19 @@ def _like_base(want: bool, said: Said, fold: frozenset[str]) -> str | None:
 
 
 def looping(text: str) -> bool:
-    """Whether a text is stuck: a unit of up to 20 characters four times in a row (six characters or more)."""
-    loop = re.search(r"(.{1,20}?)\1{3,}", text.strip(), re.DOTALL)
-    return bool(loop and len(loop.group()) >= 6)
+    """Whether a text is stuck: a unit of up to 20 characters four times in a row (six characters or more in all), or of
+    two to 20 Chinese characters three times (之神之神之神; one that laughs, 哈哈哈, is not stuck).
+    """
+    return _loop(text.strip()) is not None
+
+
+def _loop(text: str) -> str | None:
+    """The unit that ``text`` repeats, or None."""
+    for pattern in (r"(?P<unit>.{1,20}?)(?P=unit){3,}", r"(?P<unit>[\u4e00-\u9fff]{2,20}?)(?P=unit){2,}"):
+        for loop in re.finditer(pattern, text, re.DOTALL):
+            if len(loop.group()) >= 6:
+                return loop.group("unit").strip() or loop.group("unit")
+    return None
 
 
 def _all(want: Sequence[Mapping[str, Any]], said: Said, fold: frozenset[str]) -> str | None:
@@ -190,7 +203,11 @@ def _any(want: Sequence[Mapping[str, Any]], said: Said, fold: frozenset[str]) ->
 def _none(want: Sequence[Mapping[str, Any]], said: Said, fold: frozenset[str]) -> str | None:
     for check in want:
         if not failures(check, said):
-            words = ", ".join(f"{key} {_quoted(value) if key == 'contains' else value!r}" for key, value in check.items() if key != "fold")
+            words = ", ".join(
+                f"{key} {_quoted(value) if key == 'contains' else repr(value)}"
+                for key, value in check.items()
+                if key != "fold"
+            )
             return f"must not: {words}"
     return None
 

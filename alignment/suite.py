@@ -3,6 +3,8 @@
     suite = collect(Path("specs"))
     suite.select("dev", "heldout")
     refuse_leaks(suite, {"data/identity.tsv": prompts})
+
+A training prompt that is also a dev or held-out prompt, or nearly so, is refused: it would prove nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Suite:
 
 
 def collect(folder: Path) -> Suite:
-    """Load every ``*.spec.yaml`` of ``folder``. Raises SpecError (none found, a broken file, a repeated name or prompt)."""
+    """Load every ``*.spec.yaml`` of ``folder``. Raises SpecError: none, a broken one, a repeated name or prompt."""
     paths = sorted(folder.glob("*.spec.yaml"))
     if not paths:
         raise SpecError(f"{folder}: no *.spec.yaml file in it; write one (README, 'A spec') or pass --specs FOLDER")
@@ -55,7 +57,9 @@ def collect(folder: Path) -> Suite:
     names = Counter(spec.name for spec in specs)
     for spec in specs:
         if names[spec.name] > 1:
-            raise SpecError(f"{spec.path}: the name {spec.name!r} is used by {names[spec.name]} files; names are unique")
+            raise SpecError(
+                f"{spec.path}: the name {spec.name!r} is used by {names[spec.name]} files; names are unique"
+            )
     seen: dict[tuple[str, str | None], Case] = {}
     for case in (case for spec in specs for case in spec.cases):
         other = seen.setdefault((case.prompt, case.template), case)
@@ -105,5 +109,5 @@ def refuse_leaks(suite: Suite, prompts: Mapping[str, Iterable[str]]) -> None:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise LeakError(
             f"{len(found)} dev or held-out prompt(s) stand in the training data: {'; '.join(found[:5])}{more}. "
-            "A prompt that steers or judges a run must not be trained on: move the row out, or the case to the anchor split"
+            "A prompt that steers or judges a run must not be trained on: move the row out, or the case to the anchors"
         )
