@@ -21,7 +21,7 @@ import os
 import stat
 import sys
 import types
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -37,6 +37,8 @@ __all__ = ["DatError", "DatReader", "DatWriter", "Entry", "Pair", "ScalarType", 
 
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)  # named since Python 3.13
 
+_MADV_POPULATE_READ = 22
+
 
 class DatReader:
     """A memory-mapped `.dat` file whose headers have all been checked. Raises `DatError`, or `OSError` from opening.
@@ -51,11 +53,10 @@ class DatReader:
         with self.path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             # A private mapping is writable, so torch wraps it without a copy or a warning, yet no write reaches the
-            # file.
-            # NORESERVE: the file may be larger than memory.
+            # file. NORESERVE: the file may be larger than memory.
             flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            data: mmap.mmap | bytes = mmap.mmap(file.fileno(), size, flags=flags, prot=prot) if size else b""
-        self._view: memoryview | None = memoryview(data)
+            self._map = mmap.mmap(file.fileno(), size, flags=flags, prot=prot) if size else None
+        self._view: memoryview | None = memoryview(self._map or b"")
         self.entries: dict[str, Entry] = parse(self._view)
         """Every entry by name, in file order."""
 
@@ -67,7 +68,15 @@ class DatReader:
 
     def close(self) -> None:
         """Let go of the mapping; the system frees it when the last tensor made from it is gone."""
-        self._view = None
+        self._view = self._map = None
+
+    def prefetch(self, name: str) -> None:
+        """Bring an entry's pages in at once: whoever then reads all of it need not stop at every page. Never needed."""
+        entry = self.entries[name]
+        start = entry.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if sys.platform == "linux" and self._map is not None and entry.nbytes:
+            with suppress(OSError):  # a kernel before 5.14
+                self._map.madvise(_MADV_POPULATE_READ, start, entry.offset + entry.nbytes - start)
 
     def raw(self, name: str) -> memoryview:
         """The bytes of an entry, read-only and without a copy. Raises `KeyError` for an unknown name."""
@@ -201,6 +210,7 @@ def copy_entry(reader: DatReader, writer: DatWriter, name: str) -> None:
     raises.
     """
     entry = reader.entries[name]
+    reader.prefetch(name)
     writer.write(name, reader.raw(name), entry.scalar_type, entry.shape)
 
 
