@@ -1,8 +1,8 @@
 """Replies of unmodified files, kept between processes.
 
-One JSON file holds the replies of one setting; its key is everything that decides a reply: hash of the weights, hash of the
-tokenizer and template, arithmetic, device kind, decoding rules and library versions. The prompt is the rendered text with its
-limit. A cache keyed by the request alone would serve one model's answers to another.
+One JSON file holds the replies of one setting; its key is everything that decides a reply: hash of the weights, hash of
+the tokenizer and template, arithmetic, device kind, decoding rules and library versions. The prompt is the rendered
+text with its limit. A cache keyed by the request alone would serve one model's answers to another.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -55,22 +56,23 @@ class ReplyCache:
     ) -> list[Reply]:
         """The replies to (rendered text, max_tokens) pairs, in order; what is not kept yet is generated and kept.
 
-        Replies depend in the last bit on the batch they were decoded in, so a request is served from the cache only when
-        all of it was generated together: one record is one batch request.
+        Replies depend in the last bit on the batch they were decoded in, so a request is served from the cache only
+        when all of it was generated together: one record is one batch request.
         """
         request = sha256(json.dumps(list(map(list, prompts)), ensure_ascii=False).encode()).hexdigest()
         path = self._path(lm)
         kept = _read(path)
-        if request in kept:
+        if len(kept.get(request, ())) == len(prompts):
             return [_reply(item) for item in kept[request]]
         replies = generate(lm, [t for t, _ in prompts], max_tokens=[n for _, n in prompts], progress=progress)
         kept = _read(path)  # another process may have added to it meanwhile
         kept[request] = [
             {"text": r.text, "tokens": list(r.tokens), "stopped": r.stopped, "margin": r.margin} for r in replies
         ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as out:
-            out.write(json.dumps(kept, ensure_ascii=False).encode())
+        with suppress(OSError):  # a cache that cannot be written costs time; it must not cost the replies
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as out:
+                out.write(json.dumps(kept, ensure_ascii=False).encode())
         return replies
 
 
@@ -79,7 +81,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         return {key: value for key, value in kept.items() if all(_reply(item) for item in value)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
 
 
