@@ -26,17 +26,16 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from alignment.show import Shown, block, harmless, name_of
+from alignment.show import Shown, harmless, name_of, shown
 
 if TYPE_CHECKING:
     from alignment.acceptance import Acceptance
-    from alignment.evaluate import Outcome
     from alignment.spec import Case, Spec
     from alignment.suite import Suite
 
@@ -77,6 +76,8 @@ class Judge:
         self.template: Any = config.option.align_template
         self.collect_only = bool(config.option.collectonly)
         self.accepted: dict[Path, Acceptance] = {}
+        self.refusal: pytest.UsageError | None = None
+        """The first wrong input, to be raised when collecting is over."""
         self._suites: dict[Path, Suite] = {}
         self._checked = False
 
@@ -107,9 +108,13 @@ class Judge:
             raise pytest.UsageError(f"--weight {weight} cannot be read: permission denied")
         from alignment import acceptance  # torch from here on
         from alignment.manifest import model_folder_of
+        from trainer.dat_errors import DatError
 
         try:
             acceptance.check_headers(weight)
+        except (DatError, OSError) as error:
+            raise pytest.UsageError(harmless(f"--weight {weight}: {acceptance.one_line(error)}")) from None
+        try:
             acceptance.base_path(weight, model_folder_of(weight, self.model), self.base)
         except acceptance.INPUT_ERRORS as error:
             raise pytest.UsageError(harmless(acceptance.one_line(error, weight))) from None
@@ -150,10 +155,26 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> SpecFile |
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> None:
-    """Refuse wrong input here: within ``collect`` pytest would make a collection error of it (exit 2, a traceback)."""
+def pytest_make_collect_report(collector: pytest.Collector) -> pytest.CollectReport | None:
+    """Note wrong input and go on: whatever is raised here or in ``collect`` may end as a collection error (exit 2)."""
     if isinstance(collector, SpecFile):
-        _judge(collector.config).suite(collector.path.parent)
+        judge = _judge(collector.config)
+        try:
+            judge.suite(collector.path.parent)
+        except pytest.UsageError as error:
+            judge.refusal = judge.refusal or error
+            return pytest.CollectReport(collector.nodeid, "passed", None, [])
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Raise what was noted, here, where it is a usage error (exit 4), before pytest says that a case is missing."""
+    try:
+        return (yield)
+    finally:
+        if refusal := _judge(session.config).refusal:
+            raise refusal from None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -235,7 +256,7 @@ class CaseItem(SpecItem):
             pytest.skip("the base itself fails this: nothing to keep")
         if self.case.kind == "general":
             pytest.xfail("lost against the base; the suite's paired gate decides")
-        raise SpecFailedError(_shown(outcome))
+        raise SpecFailedError(shown(outcome))
 
 
 class PairedItem(SpecItem):
@@ -256,8 +277,8 @@ class PairedItem(SpecItem):
             f"{len(lost)} lost against {len(gained)} gained of {len(outcomes)} cases "
             f"(exact McNemar p = {mcnemar(len(lost), len(gained)):.3g})"
         )
-        parts = [headline, *(f"lost {o.case.id}\n{_shown(o)}" for o in lost)]
-        parts += [f"gained {o.case.id}\n{_shown(o)}" for o in gained]
+        parts = [headline, *(f"lost {o.case.id}\n{shown(o)}" for o in lost)]
+        parts += [f"gained {o.case.id}\n{shown(o)}" for o in gained]
         raise SpecFailedError(Shown(headline=headline, text="\n\n".join(map(harmless, parts))))
 
 
@@ -273,17 +294,5 @@ class DriftItem(SpecItem):
         headline = f"drift {acceptance.assessment.drift:.3f} nats a token is above {DRIFT_BOUND:g}"
         measured = [(o.drift, o) for o in acceptance.evaluation.outcomes if o.drift is not None]
         worst = sorted(measured, key=lambda pair: -pair[0])[:5]
-        parts = [headline, *(f"{drift:.3f} {o.case.id}\n{_shown(o)}" for drift, o in worst)]
+        parts = [headline, *(f"{drift:.3f} {o.case.id}\n{shown(o)}" for drift, o in worst)]
         raise SpecFailedError(Shown(headline=headline, text="\n\n".join(map(harmless, parts))))
-
-
-def _shown(outcome: Outcome) -> Shown:
-    """Prompt, reply, base reply and every failed check."""
-    case, reply, base = outcome.case, outcome.reply, outcome.base_reply
-    text = block(
-        ("prompt", case.prompt),
-        ("reply", reply.text + ("" if reply.stopped else f" … (cut at {case.max_tokens} tokens)")),
-        ("base reply", base.text + ("" if base.stopped else f" … (cut at {case.max_tokens} tokens)")),
-        *((("failed", "\n".join(outcome.failures)),) if outcome.failures else ()),
-    )
-    return Shown(headline=harmless("; ".join(outcome.failures)), text=text)

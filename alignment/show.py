@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from alignment.evaluate import Outcome
     from alignment.spec import Case
 
 NAME_LENGTH = 80
@@ -81,3 +82,15 @@ class Shown:
 
     def __str__(self) -> str:
         return self.text
+
+
+def shown(outcome: Outcome) -> Shown:
+    """Prompt, reply, base reply and every failed check."""
+    case, reply, base = outcome.case, outcome.reply, outcome.base_reply
+    text = block(
+        ("prompt", case.prompt),
+        ("reply", reply.text + ("" if reply.stopped else f" … (cut at {case.max_tokens} tokens)")),
+        ("base reply", base.text + ("" if base.stopped else f" … (cut at {case.max_tokens} tokens)")),
+        *((("failed", "\n".join(outcome.failures)),) if outcome.failures else ()),
+    )
+    return Shown(headline=harmless("; ".join(outcome.failures)), text=text)
