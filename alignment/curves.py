@@ -103,6 +103,19 @@ def _marks(axis: Axes, evals: Sequence[EvalRecord], values: Sequence[float]) -> 
             axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=label)
 
 
+def alt(steps: Sequence[StepRecord], evals: Sequence[EvalRecord]) -> str:
+    """The picture in words, for those who do not see it."""
+    parts = ["Curves over steps"]
+    if steps:
+        parts.append(f"loss from {steps[0].loss:.3f} to {steps[-1].loss:.3f} over {len(steps)} steps")
+    if evals:
+        good, cases = (sum(pair[i] for pair in evals[-1].passed.values()) for i in (0, 1))
+        parts.append(
+            f"at the last evaluation drift {evals[-1].drift:.4f} nats a token, {good} of {cases} cases in order"
+        )
+    return "; ".join(parts)
+
+
 def share(evaluation: EvalRecord) -> float:
     """Cases in order of all cases, 0 to 1 (1 when there are none)."""
     cases = sum(total for _, total in evaluation.passed.values())

@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from trainer.files import atomic_write, sha256_file
 FORMAT = "align-manifest-1"
 _SOURCE = Path(__file__).resolve().parent.parent
 _UNSAFE = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_KINDS: dict[str, type[Any]] = {"bytes": int, "accepted_in_fresh_process": bool}
+_KINDS |= dict.fromkeys(("inputs", "config", "environment", "code", "metrics"), dict)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -80,9 +83,7 @@ def write(record: RunRecord, artifact: Path, report: Path | None) -> Path:
     digest = sha256_file(artifact)
     recorded = (record.artifact or {}).get("sha256", digest)
     if recorded != digest:
-        raise ManifestError(
-            f"{artifact}: sha256 is {digest}, the run recorded {recorded}; it was changed since: export again"
-        )
+        raise ManifestError(f"{artifact}: sha256 is {digest}, the run recorded {recorded}; export again")
     folder = artifact.parent.resolve()
     manifest = Manifest(
         artifact=artifact.name,
@@ -106,10 +107,9 @@ def write(record: RunRecord, artifact: Path, report: Path | None) -> Path:
         report_sha256=sha256_file(report) if report else None,
         metrics=_metrics(record),
     )
-    path = path_of(artifact)
-    with atomic_write(path) as file:
-        file.write(json_bytes({"format": FORMAT, **dataclasses.asdict(manifest)}))
-    return path
+    with atomic_write(path_of(artifact)) as file:
+        file.write(json_bytes({"format": FORMAT, **vars(manifest)}))
+    return path_of(artifact)
 
 
 def _metrics(record: RunRecord) -> dict[str, Any]:
@@ -125,17 +125,19 @@ def json_bytes(data: Any) -> bytes:
     JSON knows no NaN: a number that is not finite becomes its name. Text stays as it is but for characters that steer a
     terminal, reverse the reading direction or are half of a pair: those are written as escapes, and read back the same.
     """
-    text = json.dumps(_finite(data), ensure_ascii=False, indent=2, allow_nan=False)
+    text = json.dumps(_plain(data), ensure_ascii=False, indent=2, allow_nan=False)
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text).encode() + b"\n"
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [_plain(inner) for inner in value]
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
@@ -162,9 +164,7 @@ def read(artifact: Path) -> Manifest:
     if data.get("kind") == "base":
         raise ManifestError(f"{path}: is the record of a base, not of an artifact")
     if data.get("format") != FORMAT:
-        raise ManifestError(
-            f"{path}: format is {data.get('format')!r}, expected {FORMAT!r}; is it another program's file?"
-        )
+        raise ManifestError(f"{path}: format is {data.get('format')!r}, expected {FORMAT!r}")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Manifest):
         if field.name not in data:
@@ -174,15 +174,9 @@ def read(artifact: Path) -> Manifest:
 
 
 def _checked(path: Path, name: str, value: Any) -> Any:
-    wanted: type[Any] = str
-    if name in ("inputs", "config", "environment", "code", "metrics"):
-        wanted = dict
-    elif name == "bytes":
-        wanted = int
-    elif name == "accepted_in_fresh_process":
-        wanted = bool
-    elif name.startswith("report_") and value is None:
+    if name.startswith("report_") and value is None:
         return None
+    wanted = _KINDS.get(name, str)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise ManifestError(f"{path}: {name} is {value!r}, expected a {wanted.__name__}")
     if name.endswith("sha256") and not _SHA256.fullmatch(value):

@@ -10,9 +10,10 @@ written last: where it is, the other two are. Does not judge: green, lost and pa
 from __future__ import annotations
 
 import html
+import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,19 @@ from alignment.manifest import json_bytes
 from alignment.record import RunRecord
 from trainer.files import atomic_write
 
-LIMIT = 400
-"""Characters of a reply that are shown; report.json has all of them."""
-REASONS = 4000
-"""The same for the reasons of an evaluation and for values of the configuration."""
+LIMIT, LONG = 400, 4000
+"""Characters shown of a reply, and of a reason; report.json has all of them."""
 TO_TRY: dict[Verdict, str] = {
-    "green": "",
     "red": "read the failing cases below; add training rows that resemble them, or give the run more steps.",
     "regressed": "see below what was lost; lower the learning rate, or add replay and contrast rows like it.",
     "unstable": "read the unstable cases below; train on until those replies are decided by a wider margin.",
-    "guarded": "free memory, raise the guard's limit or make the batches smaller, then go on with `--resume`.",
+    "guarded": "free memory, raise the guard's limit or make the batches smaller, then run the command again.",
 }
 
 
 def write(record: RunRecord, folder: Path) -> Path:
     """Write the three files into ``folder`` (made when missing) and return the path of report.md. Raises OSError."""
-    bound = record.config.get("drift_bound", DRIFT_BOUND)
-    bound = float(bound) if isinstance(bound, (int, float)) else DRIFT_BOUND
+    bound = given if isinstance(given := record.config.get("drift_bound"), (int, float)) else DRIFT_BOUND
     assessment = record.assessment or (assess(record.final, drift_bound=bound) if record.final else None)
     folder.mkdir(parents=True, exist_ok=True)
     files = {
@@ -56,82 +53,61 @@ def write(record: RunRecord, folder: Path) -> Path:
 
 
 def _data(record: RunRecord, assessment: Assessment | None) -> dict[str, Any]:
-    data = {"format": "align-report-1", **record.plain(), "assessment": None, "final": None}
-    if assessment:
-        data["assessment"] = vars(assessment) | {
-            "green": assessment.green,
-            "specs": [vars(s) for s in assessment.specs],
-        }
-    if record.final:
-        cases = [
-            {"id": o.case.id, "spec": o.case.spec, "kind": o.case.kind, "split": o.case.split, "prompt": o.case.prompt}
-            | {"base_reply": o.base_reply.text, "reply": o.reply.text, "passed": o.passed, "base_passed": o.base_passed}
-            | {"failures": o.failures, "base_failures": o.base_failures, "changed": o.changed, "drift": o.drift}
-            | {"stopped": o.reply.stopped, "margin": o.reply.margin}
-            for o in record.final.outcomes
-        ]
-        data["final"] = {"splits": record.final.splits, "seconds": record.final.seconds, "cases": cases}
+    data = {"format": "align-report-1", **record.plain(), "assessment": assessment, "final": None}
+    if final := record.final:
+        more = ("passed", "base_passed", "lost", "gained", "changed")
+        cases = [{"id": o.case.id, **vars(o), **{name: getattr(o, name) for name in more}} for o in final.outcomes]
+        data["final"] = {"splits": final.splits, "seconds": final.seconds, "drift": final.drift, "cases": cases}
     return data
 
 
 def _lines(record: RunRecord, assessment: Assessment | None, bound: float) -> list[str]:
-    lines = [f"# {record.verdict}: {escape(record.run)}", "", f"**Cause:** {escape(record.cause, REASONS)}", ""]
-    if TO_TRY[record.verdict]:
-        lines += [f"**What to try:** {TO_TRY[record.verdict]}", ""]
-    lines += [*_artifact(record), f"- Base: {escape(record.base.get('name'))}, {code(record.base.get('path'))}"]
-    lines += [f"- Base SHA-256: {code(record.base.get('sha256'))}", f"- Started: {escape(record.started)}", ""]
-    lines += [*_fenced(record.command), *_sentences(record, assessment, bound)]
+    lines = [f"# {record.verdict}: {escape(record.run)}", "", f"**Cause:** {escape(record.cause, LONG)}", ""]
+    lines += [f"**What to try:** {TO_TRY[record.verdict]}", ""] if record.verdict in TO_TRY else []
+    name, path, digest = (record.base.get(key, "–") for key in ("name", "path", "sha256"))
+    lines += [*_artifact(record), f"- Base: {escape(name)}, {code(path)}", f"- Base SHA-256: {code(digest)}"]
+    lines += [f"- Started: {escape(record.started)}", ""]
+    lines += [*_fenced(record.command, "sh"), *_sentences(record, assessment, bound)]
     lines += ["## Specs, before and after", "", *_specs(record, assessment, bound)]
     lines += ["## Replies", "", *_replies(record.final)]
     lines += ["## Course of the run", "", *_course(record)]
     lines += ["## Which tensors changed", "", *_tensors(record.tensors)]
-    lines += ["## Unstable cases", "", *_unstable(record)]
-    lines += ["## Time and memory", "", *_cost(record)]
-    lines += ["## Provenance", "", *_provenance(record)]
-    return lines
+    return [*lines, *_outcome(record), *_provenance(record)]
 
 
 def _artifact(record: RunRecord) -> list[str]:
     if record.artifact is None:
         return ["- Artifact: nothing was exported"]
     path, size = Path(str(record.artifact["path"])), int(record.artifact["bytes"])
-    place = f"**{escape(path.name)}**, {code(path)}"
-    if record.verdict != "green":
-        place = f"**{escape(path.name)}**, not promoted, kept at {code(path)}"
-    lines = [f"- Artifact: {place}, {size:,} bytes", f"- SHA-256: {code(record.artifact['sha256'])}"]
-    proof = "read back from disk and judged in a fresh process" if record.accepted_in_fresh_process else "not made"
-    return [*lines, f"- Acceptance: {proof}"]
+    apart = "" if record.verdict == "green" else "not promoted, kept at "
+    judged = "accepted" if record.verdict == "green" else "judged, and not accepted"
+    proof = f"{judged} in a fresh process" if record.accepted_in_fresh_process else "not judged in a fresh process"
+    what = f"- Artifact: **{escape(path.name)}**, {apart}{code(path)}, {size:,} bytes"
+    return [what, f"- SHA-256: {code(record.artifact['sha256'])}", f"- Acceptance: {proof}"]
 
 
 def _sentences(record: RunRecord, assessment: Assessment | None, bound: float) -> list[str]:
     final, tensors = record.final, record.tensors
     changed, kept = [], []
-    look = "the cause above and the last evaluations below: no final evaluation was made."
+    look = "the cause above and the evaluations below: no final one was made."
     if final and assessment:
-        own = [*final.of(kind="target"), *final.of(kind="contrast")]
-        changed.append(
-            f"{sum(o.changed for o in final.outcomes)} of {len(final.outcomes)} replies differ from the base's; "
-            f"{sum(o.passed for o in own)} of {len(own)} target and contrast cases pass "
-            f"(base: {sum(o.base_passed for o in own)})"
-        )
-        had = [o for o in (*final.of(kind="preserve"), *final.of(kind="general")) if o.base_passed]
-        kept.append(
-            f"{sum(o.passed for o in had)} of {len(had)} preserve and general cases that the base passes still pass, "
-            f"at a drift of {final.drift:.4f} nats a token (bound {bound:g})"
-        )
+        own = [o for o in final.outcomes if o.case.kind in ("target", "contrast")]
+        had = [o for o in final.outcomes if o.case.kind in ("preserve", "general") and o.base_passed]
+        before, after = sum(o.base_passed for o in own), sum(o.passed for o in own)
+        other = sum(o.changed for o in final.outcomes)
+        changed.append(f"{other} of {len(final.outcomes)} replies differ from the base's")
+        changed.append(f"{after} of {len(own)} target and contrast cases pass (base: {before})")
+        still = f"{sum(o.passed for o in had)} of {len(had)} preserve and general cases that the base passes still pass"
+        kept.append(f"{still}, at a drift of {final.drift:.4f} nats a token (bound {bound:g})")
         look = _look(record, assessment, had, own)
     if tensors:
-        codes, total = (sum(int(row[key]) for row in tensors) for key in ("codes_changed", "parameters"))
-        still = [str(row["group"]) for row in tensors if not _moved(row)]
-        changed.append(f"{codes:,} of {total:,} stored codes ({_percent(codes, total)})")
-        kept.append(f"no stored value in {', '.join(map(escape, still))}" if still else "no tensor group is untouched")
+        same = [escape(row["group"]) for row in tensors if not _moved(row)]
+        changed.append(_moves(tensors))
+        kept.append(f"no stored value changed in {', '.join(same)}" if same else "no tensor group is untouched")
     return [
-        f"**What changed:** {'; '.join(changed) or 'nothing that was measured'}.",
-        "",
-        f"**What did not:** {'; '.join(kept) or 'nothing was measured; the base itself is never written to'}.",
-        "",
-        f"**What to look at:** {look}",
-        "",
+        f"**What changed:** {'; '.join(changed) or 'nothing that was measured'}.\n",
+        f"**What did not:** {'; '.join(kept) or 'nothing was measured; the base itself is never written to'}.\n",
+        f"**What to look at:** {look}\n",
     ]
 
 
@@ -142,23 +118,19 @@ def _look(record: RunRecord, assessment: Assessment, had: Sequence[Outcome], own
     if record.unstable:
         return f"{len(record.unstable)} passing cases fail when asked alone, first {escape(record.unstable[0]['id'])}."
     if lost := [o for o in had if o.lost]:
-        return (
-            f"{len(lost)} lost within the tolerance, first {escape(lost[0].case.prompt)}: {escape(lost[0].reply.text)}"
-        )
+        return f"{len(lost)} lost within tolerance, first {escape(lost[0].case.prompt)}: {escape(lost[0].reply.text)}"
     if not own:
         return "there are no target and contrast cases: nothing new was asked of the model."
     near = min(own, key=lambda o: o.reply.margin)
-    return (
-        f"{escape(near.case.prompt)}, answered {escape(near.reply.text)}: of all target and contrast replies "
-        f"it was decided most narrowly ({near.reply.margin:.2f} nats)."
-    )
+    what = f"{escape(near.case.prompt)}, answered {escape(near.reply.text)}"
+    return f"{what}: decided most narrowly of all target and contrast replies ({near.reply.margin:.2f} nats)."
 
 
 def _specs(record: RunRecord, assessment: Assessment | None, bound: float) -> list[str]:
     final = record.final
-    if assessment is None:
+    if assessment is None or final is None:
         return ["No final evaluation was made.", ""]
-    after = "the artifact" if record.accepted_in_fresh_process else "the candidate; no artifact was accepted"
+    after = "the artifact, read back from disk" if record.accepted_in_fresh_process else "the last candidate judged"
     head = ["Cases", "Base passed", "Now passed", "Lost", "Gained"]
     rows = [
         [escape(s.spec), s.kind, s.cases, s.base_passed, s.passed, s.lost, s.gained, "yes" if s.green else "**no**"]
@@ -166,9 +138,7 @@ def _specs(record: RunRecord, assessment: Assessment | None, bound: float) -> li
     ]
     lines = [f"Before is the base, after is {after}.", "", *table(["Spec", "Kind", *head, "Green"], rows, "llrrrrrl")]
     if assessment.reasons:
-        lines += ["Not green because:", "", *(f"- {escape(reason, REASONS)}" for reason in assessment.reasons), ""]
-    if final is None:
-        return [*lines, f"Drift: {assessment.drift:.4f} nats/token (bound {bound:g}).", ""]
+        lines += ["Not green because:", "", *(f"- {escape(reason, LONG)}" for reason in assessment.reasons), ""]
     rows = []
     for spec, split in dict.fromkeys((o.case.spec, o.case.split) for o in final.outcomes):
         some = final.of(spec=spec, split=split)
@@ -178,7 +148,7 @@ def _specs(record: RunRecord, assessment: Assessment | None, bound: float) -> li
     measured = [o for o in final.outcomes if o.drift is not None]
     text = f"Drift: KL(base‖candidate) is {final.drift:.4f} nats/token over {len(measured)} cases (bound {bound:g})"
     if measured:
-        worst = max(measured, key=lambda o: o.drift or 0.0)
+        worst = max(measured, key=lambda o: math.inf if math.isnan(o.drift or 0.0) else o.drift or 0.0)
         text += f", at most {worst.drift:.4f} at {escape(worst.case.prompt)}"
     return [*lines, f"{text}. Looping where the base does not: {final.looping:.1%} of the replies.", ""]
 
@@ -188,59 +158,42 @@ def _replies(final: Evaluation | None) -> list[str]:
         return ["No final evaluation was made.", ""]
     lines = ["Every target and contrast reply, and of the other specs every reply that differs from the base's.", ""]
     for spec in dict.fromkeys(o.case.spec for o in final.outcomes):
-        outcomes = final.of(spec=spec)
-        kind = outcomes[0].case.kind
+        kind = (outcomes := final.of(spec=spec))[0].case.kind
         shown = [o for o in outcomes if kind in ("target", "contrast") or o.changed]
         failed = sum(not o.passed for o in shown)
         title = f"{visible(spec)} ({kind}): {len(shown)} of {len(outcomes)} replies shown, {failed} of these fail"
         lines += [f"<details><summary>{html.escape(title)}</summary>", ""]
-        if shown:
-            # No padding as tabulate does it: one long reply would widen every row.
-            rows = [
-                [
-                    f"{o.case.split} {o.case.number}",
-                    *map(escape, (o.case.prompt, o.base_reply.text)),
-                    _reply(o),
-                    _result(o),
-                ]
-                for o in shown
-            ]
-            head = [["Case", "Prompt", "Base reply", "Reply", "Result"], ["---"] * 5]
-            lines += ["| " + " | ".join(row) + " |" for row in head + rows]
-        else:
-            lines.append("Every reply is the base's.")
+        # No padding as tabulate does it: one long reply would widen every row.
+        head = [["Case", "Prompt", "Base reply", "Reply", "Result"], ["---"] * 5]
+        rows = ["| " + " | ".join(row) + " |" for row in (*head, *map(_reply, shown))]
+        lines += rows if shown else ["Every reply is the base's."]
         lines += ["", "</details>", ""]
     return lines
 
 
-def _reply(outcome: Outcome) -> str:
-    return escape(outcome.reply.text) + ("" if outcome.reply.stopped else " <em>(token limit)</em>")
-
-
-def _result(outcome: Outcome) -> str:
-    if outcome.passed:
-        return "passed (gained)" if outcome.gained else "passed"
-    against = "lost" if outcome.lost else "the base fails too"
-    return f"**failed** ({against}): {escape('; '.join(outcome.failures))}"
+def _reply(outcome: Outcome) -> list[str]:
+    case, reply = outcome.case, outcome.reply
+    result = "passed (gained)" if outcome.gained else "passed"
+    if not outcome.passed:
+        against = "lost" if outcome.lost else "the base fails too"
+        result = f"**failed** ({against}): {escape('; '.join(outcome.failures))}"
+    end = "" if reply.stopped else " <em>(token limit)</em>"
+    texts = (escape(case.prompt), escape(outcome.base_reply.text), escape(reply.text) + end)
+    return [f"{case.split} {case.number}", *texts, result]
 
 
 def _course(record: RunRecord) -> list[str]:
     steps, evals = record.steps, record.evals
     if not (steps or evals):
         return ["No step was taken and nothing was evaluated on the way.", ""]
-    alt = [f"loss from {steps[0].loss:.3f} to {steps[-1].loss:.3f} over {len(steps)} steps"] if steps else []
-    if evals:
-        good, cases = (sum(pair[i] for pair in evals[-1].passed.values()) for i in (0, 1))
-        alt += [f"drift {evals[-1].drift:.4f} nats a token and {good} of {cases} cases in order at the last evaluation"]
-    lines = [f"![Curves over steps: {'; '.join(alt)}](curves.svg)", ""]
+    lines = [f"![{curves.alt(steps, evals)}](curves.svg)", ""]
     if not evals:
         return [*lines, "Nothing was evaluated on the way.", ""]
-    names = list(dict.fromkeys(name for e in evals for name in e.passed))
-    rows = []
+    names, rows = list(dict.fromkeys(name for e in evals for name in e.passed)), []
     for e in evals:
         counts = ["/".join(map(str, e.passed.get(name, ("–",)))) for name in names]
         decision = e.decision + (" (green)" if e.green and e.decision != "green" else "")
-        rows.append([e.step, f"{e.drift:.4f}", *counts, decision, escape("; ".join(e.reasons), REASONS)])
+        rows.append([e.step, f"{e.drift:.4f}", *counts, decision, escape("; ".join(e.reasons) or "–")])
     head = ["Step", "Drift", *map(escape, names), "Decision", "Reasons"]
     body = table(head, rows, "rr" + "r" * len(names) + "ll")
     return [*lines, f"<details><summary>All {len(evals)} evaluations</summary>", "", *body, "</details>", ""]
@@ -250,8 +203,9 @@ def _moved(row: dict[str, Any]) -> bool:
     return bool(row["codes_changed"] or row["scales_changed"])
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{part / whole:.3%}" if whole else "0 %"
+def _moves(rows: Sequence[dict[str, Any]]) -> str:
+    codes, total, scales = (sum(row[key] for row in rows) for key in ("codes_changed", "parameters", "scales_changed"))
+    return f"{codes:,} of {total:,} stored codes ({codes / max(total, 1):.3%}) and {scales:,} scales changed"
 
 
 def _tensors(tensors: list[dict[str, Any]]) -> list[str]:
@@ -260,86 +214,61 @@ def _tensors(tensors: list[dict[str, Any]]) -> list[str]:
         return ["lm_head, embeddings and norms: not compared with the base, as is every other tensor.", ""]
     rows = []
     for row in tensors:
-        share = _percent(row["codes_changed"], row["parameters"])
-        counts = [
-            f"{row['parameters']:,}",
-            "yes" if row.get("trained") else "**no**",
-            f"{row['codes_changed']:,}",
-            share,
-        ]
-        rows.append([escape(row["group"]), *counts, f"{row['scales_changed']:,}"])
+        codes, total = row["codes_changed"], row["parameters"]
+        counts = (f"{codes:,}", f"{codes / max(total, 1):.3%}", f"{row['scales_changed']:,}")
+        rows.append([escape(row["group"]), f"{total:,}", "yes" if row.get("trained") else "**no**", *counts])
     head = ["Group", "Parameters", "Trained", "Codes changed", "Share", "Scales changed"]
     lines = table(head, rows, "lrlrrr")
     for name, part in (("lm_head", r"lm_head"), ("embeddings", r"embed|\bwte\b"), ("norms", r"norm|\bln_")):
-        group = [row for row in tensors if re.search(part, str(row["group"]))]
-        codes, total = (sum(int(row[key]) for row in group) for key in ("codes_changed", "parameters"))
-        text = f"{codes:,} of {total:,} stored codes changed ({_percent(codes, total)})"
-        if not any(map(_moved, group)):
-            text = "no stored value changed" if group else "the file stores no such tensor of its own"
-        untrained = [escape(row["group"]) for row in group if not row.get("trained")]
+        some = [row for row in tensors if re.search(part, str(row["group"]))]
+        text = _moves(some) if any(map(_moved, some)) else "no stored value changed"
+        text = text if some else "the file stores no such tensor of its own"
+        untrained = [escape(row["group"]) for row in some if not row.get("trained")]
         lines.append(f"- **{name}**: {text}" + (f"; not trained: {', '.join(untrained)}" if untrained else ""))
-    for row in tensors:
-        if not _moved(row):
-            why = ", though it was trained" if row.get("trained") else "; it was not trained"
-            lines.append(f"- {escape(row['group'])}: no stored value changed{why}")
+    why = {True: ", though it was trained", False: "; it was not trained"}
+    still = [(escape(row["group"]), why[bool(row.get("trained"))]) for row in tensors if not _moved(row)]
+    lines += [f"- {group}: no stored value changed{reason}" for group, reason in still]
     return [*lines, ""]
 
 
-def _unstable(record: RunRecord) -> list[str]:
-    if not record.unstable:
-        return ["None: no passing reply was seen to fail when asked alone.", ""]
+def _outcome(record: RunRecord) -> list[str]:
     rows = [[escape(case.get(key)) for key in ("id", "batched", "alone")] for case in record.unstable]
-    return table(["Case", "Reply in a batch", "Reply alone"], rows, "lll")
-
-
-def _cost(record: RunRecord) -> list[str]:
-    rows = [[escape(phase), f"{seconds:.1f}"] for phase, seconds in record.seconds.items()]
-    lines = table(["Phase", "Seconds"], rows, "lr") if rows else ["No phase was timed.", ""]
+    lines = ["## Unstable cases", "", "Passing cases whose reply fails at batch size 1.", ""]
+    lines += [*table(["Case", "Reply in a batch", "Reply alone"], rows, "lll"), "## Time and memory", ""]
+    lines += table(["Phase", "Seconds"], [[escape(k), f"{v:.1f}"] for k, v in record.seconds.items()], "lr")
     return [*lines, f"Peak memory (resident): {record.peak_rss_bytes / 2**30:.2f} GiB.", ""]
 
 
 def _provenance(record: RunRecord) -> list[str]:
-    lines = []
+    lines = ["## Provenance", ""]
     parts = {"Code": record.code, "Data and specs (SHA-256)": record.inputs, "Base": record.base}
     for title, values in (parts | {"Configuration": record.config, "Environment": record.environment}).items():
-        rows = [[escape(key), escape(value, REASONS)] for key, value in _flat(values)] or [["–", "–"]]
-        lines += [f"<details><summary>{title}</summary>", "", *table(["Key", "Value"], rows, "ll"), "</details>", ""]
+        body = _fenced(json_bytes(values).decode().strip(), "json")
+        lines += [f"<details><summary>{title}</summary>", "", *body, "</details>", ""]
     return lines
-
-
-def _flat(values: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], align: str) -> list[str]:
     """A Markdown table of escaped cells and a blank line; ``align`` has one of l and r for each column."""
-    sides = ["left" if side == "l" else "right" for side in align]
-    cells = [[str(cell) for cell in row] for row in rows]
+    if not rows:
+        return ["None.", ""]
+    sides = [{"l": "left", "r": "right"}[side] for side in align]
     # Left alone, tabulate would read "1e5" as a number and rewrite it.
-    text = tabulate(cells, headers=list(headers), tablefmt="pipe", colalign=sides, disable_numparse=True)
+    text = tabulate(rows, headers=headers, tablefmt="pipe", colalign=sides, disable_numparse=True)
     return [*text.split("\n"), ""]
 
 
-_MARKDOWN = {char: f"\\{char}" for char in "\\`*_[]~"} | {
-    "|": "&#124;",
-    "$": "&#36;",
-    "&": "&amp;",
-    "<": "&lt;",
-    ">": "&gt;",
-}
+_MARKDOWN = {char: f"\\{char}" for char in "\\`*_[]~"} | {char: f"&#{ord(char)};" for char in "|$&<>"}
 
 
 def escape(value: object, limit: int = LIMIT) -> str:
     """``value`` as inline Markdown (and table cell) that shows its characters and nothing else; long text is cut."""
     text = str(value)
     if not text.strip():
-        return f"<em>(empty)</em> {'␠' * len(text[:limit])}".rstrip()
+        return f"<em>(empty)</em> {visible(text[:limit]).replace(' ', '␠')}".rstrip()
     lines = text[:limit].replace("\r\n", "\n").split("\n")
     shown = "<br>".join("".join(_MARKDOWN.get(char, char) for char in visible(line)) for line in lines)
+    shown = re.sub(r"(?<=[^\W_])\\_(?=[^\W_])", "_", shown)  # inside a word it marks nothing: lm_head stays readable
     # Bare addresses become links on GitHub without any markup.
     shown = re.sub(r"(?i)(www)\.", r"\1&#46;", shown.replace("://", "&#58;//"))
     return shown if len(text) <= limit else f"{shown}… <em>({len(text):,} characters, {limit} shown)</em>"
@@ -347,24 +276,24 @@ def escape(value: object, limit: int = LIMIT) -> str:
 
 def visible(text: str) -> str:
     """``text`` with a harmless picture for every character that steers a terminal, a line or the reading direction."""
-    return "".join(map(_picture, text))
-
-
-def _picture(char: str) -> str:
-    number = ord(char)
-    if number < 32 or number == 127:
-        return "␡" if number == 127 else chr(0x2400 + number)
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char != "\u200d"  # emoji are joined by it
-    return f"⟨U+{number:04X}⟩" if hidden else char
+    hidden = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\u200d"}  # joins emoji
+    names = {
+        ord(c): f"⟨U+{ord(c):04X}⟩" if c > "\x7f" else "␡" if c == "\x7f" else chr(0x2400 + ord(c)) for c in hidden
+    }
+    return text.translate(names)
 
 
 def code(value: object) -> str:
     """``value`` as a code span outside tables."""
     text = visible(str(value))
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
+    return f"{_fence(text)} {text} {_fence(text)}" if "`" in text else f"`{text}`"
 
 
-def _fenced(text: str) -> list[str]:
-    fence = "`" * max(3, max(map(len, re.findall("`+", text)), default=0) + 1)
-    return [f"{fence}sh", *map(visible, text.split("\n")), fence, ""]
+def _fenced(text: str, language: str) -> list[str]:
+    fence = _fence(text, 3)
+    return [f"{fence}{language}", *map(visible, text.split("\n")), fence, ""]
+
+
+def _fence(text: str, least: int = 1) -> str:
+    """Backticks that ``text`` cannot close."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
