@@ -3,32 +3,42 @@
     accepted = judge_file(Path("x.dat"), model=None, base=None, specs=Path("specs"), template="chat")
     accepted.assessment.green, accepted.evaluation.outcomes
 
+    python -m alignment.acceptance x.dat --json answer.json        # the same in a process of its own
+
 The pytest plugin and the fresh process that ends ``align run`` both go through here, so that neither can be greener
 than the other. Replies of both files go through the reply cache, keyed by their hashes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from alignment.cache import ReplyCache
-from alignment.evaluate import Evaluation, Evaluator
-from alignment.gate import Assessment, assess
+from alignment.evaluate import Evaluation, Evaluator, Outcome, judge_reply
+from alignment.gate import DRIFT_BOUND, USAGE_ERROR, Assessment, assess
 from alignment.manifest import ManifestError, base_of, model_folder_of
 from alignment.spec import SPLITS, SpecError
-from alignment.suite import collect
+from alignment.suite import Suite, collect
 from trainer.dat import DatReader
 from trainer.dat_errors import DatError
-from trainer.generate import NonFiniteError
-from trainer.model import ModelError, Template, load
+from trainer.files import atomic_write
+from trainer.generate import NonFiniteError, Reply, generate
+from trainer.model import LanguageModel, ModelError, Template, load
 
 INPUT_ERRORS = (DatError, ManifestError, ModelError, NonFiniteError, OSError, SpecError)
 """What is wrong with the files given to ``judge_file``: the user's to mend, in one line (``one_line``)."""
+
+NARROW = {torch.float32: 0.01, torch.bfloat16: 0.5}
+"""A reply with a decision narrower than this many nats may come out otherwise in another batch, by arithmetic."""
 
 Progress = Callable[[Literal["base", "weight"], int, int], None]
 """Told which file is being asked, replies done, replies in all."""
@@ -43,6 +53,54 @@ class Acceptance:
     assessment: Assessment
     weight_sha256: str
     base_sha256: str
+    unstable: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    """Passing cases whose reply fails at batch size 1 (``alone``): id, batched, alone."""
+    drift_bound: float = DRIFT_BOUND
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for another process (``from_json``)."""
+        outcomes = [
+            {"id": o.case.id} | {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if f.name != "case"}
+            for o in self.evaluation.outcomes
+        ]
+        for row in outcomes:
+            row |= {key: dataclasses.asdict(row[key]) for key in ("reply", "base_reply")}
+        return {
+            "outcomes": outcomes,
+            "seconds": self.evaluation.seconds,
+            **{key: getattr(self, key) for key in ("weight_sha256", "base_sha256", "unstable", "drift_bound")},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], suite: Suite) -> Acceptance:
+        """What ``to_json`` gave, with the cases of the same suite. Raises KeyError for a case of another suite."""
+        cases = {case.id: case for case in suite.cases}
+        outcomes = tuple(
+            Outcome(
+                case=cases[row["id"]],
+                reply=_reply(row["reply"]),
+                base_reply=_reply(row["base_reply"]),
+                failures=tuple(row["failures"]),
+                base_failures=tuple(row["base_failures"]),
+                drift=row["drift"],
+            )
+            for row in data["outcomes"]
+        )
+        evaluation = Evaluation(outcomes=outcomes, splits=SPLITS, seconds=data["seconds"])
+        return cls(
+            evaluation=evaluation,
+            assessment=assess(evaluation, drift_bound=data["drift_bound"]),
+            **{key: data[key] for key in ("weight_sha256", "base_sha256", "unstable", "drift_bound")},
+        )
+
+
+def _reply(data: dict[str, Any]) -> Reply:
+    return Reply(**{**data, "tokens": tuple(data["tokens"])})
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """``auto`` is CUDA where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
 def judge_file(
@@ -54,17 +112,19 @@ def judge_file(
     template: Template,
     device: str | torch.device = "auto",
     progress: Progress | None = None,
+    drift_bound: float = DRIFT_BOUND,
+    alone: bool = False,
 ) -> Acceptance:
     """Judge ``weight`` on all specs of the folder ``specs``. Raises ``INPUT_ERRORS``.
 
     ``model`` and ``base`` default to what the weight's manifest names, ``base`` then to ``base.dat`` in the model
-    folder. ``device`` ``auto`` is CUDA where there is one. At most one of the two models is in memory at a time.
+    folder. ``alone``: also ask narrowly decided cases one by one. At most one of the two models is in memory at a time.
     """
     suite = collect(specs)
     folder = model_folder_of(weight, model)
     base = base_path(weight, folder, base)
     check_headers(weight)
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    chosen = pick_device(device)
     base_lm = load(base, folder=folder, device=chosen)
     evaluator = Evaluator(
         base_lm,
@@ -86,10 +146,29 @@ def judge_file(
     )
     return Acceptance(
         evaluation=evaluation,
-        assessment=assess(evaluation),
+        assessment=assess(evaluation, drift_bound=drift_bound),
         weight_sha256=lm.weights_sha256,
         base_sha256=base_sha256,
+        unstable=unstable_cases(lm, evaluator, evaluation) if alone else [],
+        drift_bound=drift_bound,
     )
+
+
+def unstable_cases(lm: LanguageModel, evaluator: Evaluator, evaluation: Evaluation) -> list[dict[str, str]]:
+    """Passing cases whose reply fails at batch size 1: id, batched and lone reply.
+
+    Only what was decided narrowly is asked again, and no general case: of those one more or less is the paired gate's.
+    """
+    found: list[dict[str, str]] = []
+    narrow = NARROW.get(lm.dtype, max(NARROW.values()))
+    for outcome in evaluation.outcomes:
+        case = outcome.case
+        if case.kind == "general" or not outcome.passed or outcome.reply.margin > narrow:
+            continue
+        [reply] = generate(lm, [evaluator.render(lm, case)], max_tokens=case.max_tokens)
+        if judge_reply(case, reply, outcome.base_reply):
+            found.append({"id": case.id, "batched": outcome.reply.text, "alone": reply.text})
+    return found
 
 
 def base_path(weight: Path, folder: Path, explicit: Path | None) -> Path:
@@ -112,3 +191,38 @@ def one_line(error: Exception, path: Path | None = None) -> str:
     if isinstance(error, OSError) and error.strerror:
         path, text = Path(error.filename) if isinstance(error.filename, str) else path, error.strerror
     return f"{path}: {text}" if path is not None and path.name not in text else text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Judge one file and write the answer. 0 whatever the answer is, 2 (one line on stderr) for wrong input."""
+    parser = argparse.ArgumentParser(prog="python -m alignment.acceptance", description="Judge one .dat by its specs.")
+    parser.add_argument("weight", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the answer goes")
+    parser.add_argument("--model", type=Path, metavar="DIR")
+    parser.add_argument("--base", type=Path, metavar="FILE")
+    parser.add_argument("--specs", type=Path, default=Path("specs"), metavar="DIR")
+    parser.add_argument("--template", choices=get_args(Template), default="chat")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--drift-bound", type=float, default=DRIFT_BOUND)
+    options = parser.parse_args(arguments)
+    try:
+        accepted = judge_file(
+            options.weight,
+            model=options.model,
+            base=options.base,
+            specs=options.specs,
+            template=options.template,
+            device=options.device,
+            drift_bound=options.drift_bound,
+            alone=True,
+        )
+        with atomic_write(options.json, "w") as file:
+            json.dump(accepted.to_json(), file, ensure_ascii=False)
+    except INPUT_ERRORS as error:
+        print(one_line(error, options.weight), file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

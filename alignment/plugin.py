@@ -14,7 +14,7 @@ test; a preserve or general case that the base itself fails is skipped. ``drift`
 fails when the KL to the base is out of bound.
 
 Under pytest-xdist every worker judges the file by itself: correct, but slower than one process unless the cache is
-warm.
+warm; a file that fits no model is told by failing tests there.
 
 This module is imported by every pytest run on the machine, so it imports nothing heavy and does nothing until a spec
 file is collected. Should another plugin own ``--weight``, ``--model``, ``--base`` or ``--template``, use
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from alignment.show import Shown, harmless, name_of, shown
+from alignment.show import Shown, SpecFailedError, harmless, name_of, shown
 
 if TYPE_CHECKING:
     from alignment.acceptance import Acceptance
@@ -41,14 +41,6 @@ if TYPE_CHECKING:
 
 SUFFIX = ".spec.yaml"
 _OURS = re.compile(r"^(spec: *[\w\"']|says:|cases:)", re.MULTILINE)
-
-
-class SpecFailedError(Exception):
-    """A case, a paired test or the drift test that fails; ``shown`` is the whole report."""
-
-    def __init__(self, shown: Shown) -> None:
-        super().__init__(shown.headline)
-        self.shown = shown
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -76,6 +68,8 @@ class Judge:
         self.template: Any = config.option.align_template
         self.collect_only = bool(config.option.collectonly)
         self.accepted: dict[Path, Acceptance] = {}
+        self.broken: dict[Path, str] = {}
+        """Why a folder's suite could not be judged, in a worker of pytest-xdist."""
         self.refusal: pytest.UsageError | None = None
         """The first wrong input, to be raised when collecting is over."""
         self._suites: dict[Path, Suite] = {}
@@ -203,7 +197,13 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     folders = dict.fromkeys(item.path.parent for item in session.items if isinstance(item, SpecItem))
     terminal: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     for folder in folders:
-        accepted = judge.run(folder)
+        try:
+            accepted = judge.run(folder)
+        except pytest.UsageError as error:
+            if not hasattr(session.config, "workerinput"):
+                raise
+            judge.broken[folder] = str(error)  # raised in a worker it would be an internal error of pytest-xdist
+            continue
         if terminal is not None and session.config.option.verbose >= 0:
             evaluation = accepted.evaluation
             terminal.write_line(
@@ -231,7 +231,10 @@ class SpecItem(pytest.Item):
 
     @property
     def acceptance(self) -> Acceptance:
-        return _judge(self.config).accepted[self.path.parent]
+        judge, folder = _judge(self.config), self.path.parent
+        if why := judge.broken.get(folder):
+            raise SpecFailedError(Shown(headline=why, text=why))
+        return judge.accepted[folder]
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """The report alone; a traceback only for what is a defect of this program."""

@@ -84,6 +84,14 @@ class Shown:
         return self.text
 
 
+class SpecFailedError(Exception):
+    """A case, a paired test or the drift test that fails; ``shown`` is the whole report."""
+
+    def __init__(self, shown: Shown) -> None:
+        super().__init__(shown.headline)
+        self.shown = shown
+
+
 def shown(outcome: Outcome) -> Shown:
     """Prompt, reply, base reply and every failed check."""
     case, reply, base = outcome.case, outcome.reply, outcome.base_reply

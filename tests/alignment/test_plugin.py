@@ -317,7 +317,12 @@ def test_weights_of_another_architecture(bench: Bench, tiny_model: Path, tiny_we
     bench.specs(a=TARGET)
     weight = tiny_weights(bench.path / "x.dat", seed=1, hidden=32)
     line = refused(bench.run("specs", "--weight", weight, "--model", tiny_model))
-    assert "x.dat: model.embed_tokens.weight is [259, 32] in the file, [259, 64] by the folder's config.json" in line
+    what = "x.dat: model.embed_tokens.weight is [259, 32] in the file, [259, 64] by the folder's config.json"
+    assert what in line
+    under_xdist = bench.run("specs", "--weight", weight, "--model", tiny_model, "-n1")
+    under_xdist.assert_outcomes(failed=5)
+    assert what in under_xdist.stdout.str()
+    assert "INTERNALERROR" not in under_xdist.stdout.str()
 
 
 def test_a_base_that_is_not_there(bench: Bench, tiny_model: Path) -> None:
