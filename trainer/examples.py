@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainer.generate import shared_prefix
+
 RowKind = Literal["target", "contrast", "replay"]
 
 
@@ -80,6 +82,8 @@ class Batch:
     """[targets] int64 token ids."""
     rows: tuple[int, ...]
     """Indices of the rows in the list given to ``batches``."""
+    shared: int
+    """Leading tokens that all rows have in common and that predict no target."""
 
 
 def collate(rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
@@ -100,6 +104,7 @@ def collate(rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: to
         where=torch.tensor(where).to(device),
         targets=torch.tensor(targets).to(device),
         rows=tuple(indices),
+        shared=shared_prefix([rows[i].prompt_ids for i in indices]),
     )
 
 

@@ -94,23 +94,51 @@ def _cut(lm: LanguageModel, raw: _Raw, limit: int) -> Reply:
     )
 
 
+SHORTEST_PREFIX = 8
+"""A shared beginning of fewer tokens is not worth a pass of its own."""
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts share (a template's opening, a system message), short of any prompt's last one;
+    0 when it is not worth sharing."""
+    first = prompts[0]
+    length = min(len(prompt) for prompt in prompts) - 1
+    for prompt in prompts:
+        length = next((i for i in range(length) if prompt[i] != first[i]), length)
+    return length if length >= SHORTEST_PREFIX and len(prompts) > 1 else 0
+
+
+def prefix_cache(lm: LanguageModel, prefix: Sequence[int], count: int) -> Any:
+    """A key-value cache for ``count`` rows that all begin with ``prefix``, computed once; gradients flow through it."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=lm.config)
+    if prefix:
+        ids = torch.tensor([list(prefix)], device=lm.device)
+        lm.module.get_submodule("model")(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(count)
+    return cache
+
+
 @torch.inference_mode()
 def _decode(lm: LanguageModel, prompts: list[list[int]], limit: int) -> list[_Raw]:
     """Decode one left-padded batch up to ``limit`` new tokens for each prompt."""
-    from transformers import DynamicCache
-
-    count, width = len(prompts), max(len(p) for p in prompts)
+    shared = shared_prefix(prompts)
+    cache = prefix_cache(lm, prompts[0][:shared], len(prompts))
+    count, width = len(prompts), max(len(p) for p in prompts) - shared
     ids = torch.full((count, width), lm.pad_id)
-    valid = torch.zeros((count, width), dtype=torch.bool)
+    valid = torch.zeros((count, shared + width), dtype=torch.bool)
+    valid[:, :shared] = True
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        valid[row, width - len(prompt) :] = True
+        own = len(prompt) - shared
+        ids[row, width - own :] = torch.tensor(prompt[shared:])
+        valid[row, shared + width - own :] = True
     ids, valid = ids.to(lm.device), valid.to(lm.device)
-    positions = (valid.long().cumsum(1) - 1).clamp_min(0)
-    causal = torch.ones(width, width, dtype=torch.bool, device=lm.device).tril()
-    itself = torch.eye(width, dtype=torch.bool, device=lm.device)
+    positions = (valid.long().cumsum(1) - 1)[:, shared:].clamp_min(0)
+    causal = torch.ones(width, shared + width, dtype=torch.bool, device=lm.device).tril(shared)
+    itself = torch.zeros_like(causal)
+    itself[:, shared:] = torch.eye(width, dtype=torch.bool, device=lm.device)
     mask = (causal & (valid[:, None, :] | itself))[:, None]
-    cache = DynamicCache(config=lm.config)
     raws = [_Raw([], [], False) for _ in prompts]
     alive = list(range(count))
     stops = torch.tensor(lm.stop_ids, device=lm.device)

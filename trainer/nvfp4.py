@@ -57,29 +57,36 @@ _SLAB = 1 << 20
 """Blocks at a time on other devices: bounds the temporary memory of the plain path to about a gigabyte."""
 
 
-def quantise(w: Tensor, *, rule: Rule = "mse", name: str = "") -> tuple[Tensor, Tensor]:
+def quantise(
+    w: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight.
 
     w: float32, bfloat16 or float16 [out, in], in divisible by 16. Returns qdata uint8 [out, in / 2] and scale
     float8_e4m3fn [out, in / 16]. `name` is for the errors: `TypeError`, `ValueError` for the shape or the rule,
     `NonFiniteError`.
+
+    `keep`: scales float8_e4m3fn [out, in / 16] that the weight already has in its file. A block keeps its own as long as
+    none of its values exceeds 6 x scale; only a block that has outgrown it gets a new one by `rule`. So a weight that was
+    decoded, and perhaps trained a little, does not jump to another grid, and one that was not trained keeps its bytes.
     """
     blocks = _blocks(w, name)
     _check_rule(rule)
+    kept = _kept(keep, w, name)
     qdata = torch.empty(blocks.shape[0], BLOCK // 2, dtype=torch.uint8, device=w.device)
     scale = torch.empty(blocks.shape[0], dtype=torch.float8_e4m3fn, device=w.device)
 
     def piece(p: Piece, part: slice) -> None:
         p.load(blocks[part])
         p.refuse_nan()
-        p.choose(rule)
+        _settle(p, rule, kept, part)
         p.encode()
         qdata[part].numpy()[...] = p.codes
         scale[part].view(torch.uint8).numpy()[...] = p.scale8.view(torch.uint8).numpy()
 
     def plain(part: slice) -> None:
         slab = blocks[part].float()
-        scale[part] = nvfp4_plain.choose(slab, rule)
+        scale[part] = _plain_scales(slab, rule, kept, part)
         _refuse_nan(scale[part])
         qdata[part] = nvfp4_plain.encode(slab, scale[part])
 
@@ -142,14 +149,16 @@ def dequantise(
     return _delivered(target, flat)
 
 
-def fake_quantise_(src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = "") -> None:
-    """out <- dequantise(*quantise(src)), bit for bit, in one pass and without a gradient.
+def fake_quantise_(
+    src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None
+) -> None:
+    """out <- dequantise(*quantise(src, rule=rule, keep=keep)), bit for bit, in one pass and without a gradient.
 
     src: as in `quantise`; out: the same shape, float32, bfloat16 or float16; it may be src itself. Raises as `quantise`
     does; out is then partly written.
     """
     _check_rule(rule)
-    _fake(src, out, rule, name, strict=True)
+    _fake(src, out, rule, name, strict=True, keep=keep)
 
 
 def fake_quantise(w: Tensor, *, rule: Rule = "mse", name: str = "") -> Tensor:
@@ -183,21 +192,22 @@ class _StraightThrough(torch.autograd.Function):
         return gradients[0], None, None, None
 
 
-def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool) -> None:
+def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep: Tensor | None = None) -> None:
     blocks = _blocks(src, name)
+    kept = _kept(keep, src, name)
     target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
 
     def piece(p: Piece, part: slice) -> None:
         p.load(blocks[part])
         if strict:
             p.refuse_nan()
-        p.choose(rule)
+        _settle(p, rule, kept, part)
         p.encode()
         p.decode(p.codes, flat[part])
 
     def plain(part: slice) -> None:
         slab = blocks[part].float()
-        scale = nvfp4_plain.choose(slab, rule)
+        scale = _plain_scales(slab, rule, kept, part)
         if strict:
             _refuse_nan(scale)
         flat[part] = nvfp4_plain.decode(nvfp4_plain.encode(slab, scale), scale).to(flat.dtype)
@@ -231,6 +241,35 @@ def _work(
                     f"{_label(name)}: {len(bad)} {what}s are infinite or NaN, the first at flat index {int(bad[0])}"
                 ) from None
         raise
+
+
+def _settle(p: Piece, rule: Rule, kept: Tensor | None, part: slice) -> None:
+    """Give the loaded blocks their scales: the kept ones, except where outgrown, or new ones."""
+    if kept is None:
+        p.choose(rule)
+        return
+    p.take_scales(kept[part])
+    p.scale8.copy_(kept[part])
+    outgrown = p.outgrown()
+    if outgrown.size:  # few: the plain path, which gives the same bits, on a copy of these blocks alone
+        p.scale8.view(torch.uint8)[outgrown] = nvfp4_plain.choose(p.copy_of(outgrown), rule).view(torch.uint8)
+        p.take_scales(p.scale8)
+
+
+def _plain_scales(slab: Tensor, rule: Rule, kept: Tensor | None, part: slice) -> Tensor:
+    chosen = nvfp4_plain.choose(slab, rule)
+    if kept is None:
+        return chosen
+    fits = slab.abs().amax(-1) <= 6 * kept[part].float()
+    return torch.where(fits, kept[part].view(torch.uint8), chosen.view(torch.uint8)).view(torch.float8_e4m3fn)
+
+
+def _kept(keep: Tensor | None, w: Tensor, name: str) -> Tensor | None:
+    if keep is None:
+        return None
+    if keep.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"{_label(name)}: scales to keep are {keep.dtype}, not float8_e4m3fn")
+    return _flat_scales(keep, (w.shape[0], w.shape[1] // BLOCK), name)
 
 
 def _blocks(w: Tensor, name: str) -> Tensor:

@@ -141,6 +141,14 @@ class Piece:
         np.copyto(self.best, self.scale)
         self.best[self.scale == 0] = np.inf
 
+    def outgrown(self) -> NDArray[np.intp]:
+        """The blocks that hold a value above 6 x the scale taken."""
+        return np.flatnonzero(self.amax > 6 * self.scale)
+
+    def copy_of(self, blocks: NDArray[np.intp]) -> Tensor:
+        """The given blocks of what was loaded, float32 [n, 16]."""
+        return torch.from_numpy(self.w.T[blocks])
+
     def encode(self) -> None:
         """The codes of the blocks under the scales in `best`, two a byte, into `codes`."""
         y, p = self.y, self.p

@@ -13,14 +13,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.examples import Batch, Row, batches
+from trainer.generate import prefix_cache
 from trainer.model import LanguageModel
 
 
 def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
     """Last hidden states [targets, features] at the positions that predict the batch's targets."""
-    body = lm.module.get_submodule("model")
-    states = body(input_ids=batch.ids, use_cache=False).last_hidden_state
-    picked: Tensor = states[batch.where[:, 0], batch.where[:, 1]]
+    body, shared = lm.module.get_submodule("model"), batch.shared
+    if shared == 0:
+        states = body(input_ids=batch.ids, use_cache=False).last_hidden_state
+    else:
+        # The rows' common opening is computed once, not once a row: the template's system message is half of every row.
+        rows, width = batch.ids.shape
+        cache = prefix_cache(lm, batch.ids[0, :shared].tolist(), rows)
+        own = batch.ids[:, shared:]
+        positions = torch.arange(shared, width, device=own.device).expand(rows, -1)
+        mask = torch.ones(width - shared, width, dtype=torch.bool, device=own.device).tril(shared)[None, None]
+        states = body(
+            input_ids=own,
+            attention_mask=mask.expand(rows, -1, -1, -1),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    picked: Tensor = states[batch.where[:, 0], batch.where[:, 1] - shared]
     return picked
 
 

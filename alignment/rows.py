@@ -1,0 +1,100 @@
+"""The data folder to training rows: targets from files, contrast and replay completions from the base itself.
+
+A data folder holds ``*.tsv`` (``prompt<TAB>target``), ``contrast*.txt`` and ``replay*.txt`` (a prompt a line).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.cache import ReplyCache
+from trainer.examples import DataError, Row, RowKind, read_prompts, read_targets
+from trainer.files import sha256_file
+from trainer.model import LanguageModel, Template
+
+REPLY_TOKENS: dict[RowKind, int] = {"contrast": 16, "replay": 24}
+"""Longest self-generated completion. A hijack shows in the first tokens, so contrast rows may be short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFolder:
+    """What a data folder asks for, in words."""
+
+    targets: tuple[tuple[str, str], ...]
+    contrast: tuple[str, ...]
+    replay: tuple[str, ...]
+    by_file: dict[str, tuple[str, ...]]
+    """Prompts by file name, for the leak check."""
+    hashes: dict[str, str]
+    """SHA-256 by file path."""
+
+
+def read_folder(folder: Path) -> DataFolder:
+    """Read every training file of ``folder``. Raises DataError naming what is missing or broken."""
+    targets: list[tuple[str, str]] = []
+    prompts: dict[str, list[str]] = {"contrast": [], "replay": []}
+    by_file: dict[str, tuple[str, ...]] = {}
+    hashes: dict[str, str] = {}
+    for path in sorted(folder.glob("*.tsv")):
+        rows = read_targets(path)
+        targets += rows
+        by_file[path.name] = tuple(prompt for prompt, _ in rows)
+        hashes[str(path)] = sha256_file(path)
+    for kind, found in prompts.items():
+        for path in sorted(folder.glob(f"{kind}*.txt")):
+            lines = read_prompts(path)
+            found += lines
+            by_file[path.name] = tuple(lines)
+            hashes[str(path)] = sha256_file(path)
+    if not targets:
+        raise DataError(f"{folder}: no *.tsv file with prompt<TAB>target rows in it; pass --data FOLDER")
+    for kind, found in prompts.items():
+        if not found:
+            raise DataError(f"{folder}: no {kind}*.txt file in it; without {kind} prompts nothing holds the model in place")
+    return DataFolder(
+        targets=tuple(targets),
+        contrast=tuple(prompts["contrast"]),
+        replay=tuple(prompts["replay"]),
+        by_file=by_file,
+        hashes=hashes,
+    )
+
+
+def target_rows(lm: LanguageModel, data: DataFolder, template: Template) -> list[Row]:
+    """Targets with their end-of-turn token: a row without it teaches endless replies."""
+    end = int(lm.tokenizer.eos_token_id)
+    return [
+        Row(
+            kind="target",
+            prompt=prompt,
+            prompt_ids=tuple(lm.encode(lm.render(prompt, template))),
+            completion_ids=(*lm.encode(target), end),
+        )
+        for prompt, target in data.targets
+    ]
+
+
+def base_rows(
+    base: LanguageModel,
+    data: DataFolder,
+    template: Template,
+    cache: ReplyCache,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Contrast and replay prompts with the base's own greedy replies."""
+    end = int(base.tokenizer.eos_token_id)
+    asked: list[tuple[RowKind, str]] = [("contrast", p) for p in data.contrast] + [("replay", p) for p in data.replay]
+    texts = [base.render(prompt, template) for _, prompt in asked]
+    limits = [REPLY_TOKENS[kind] for kind, _ in asked]
+    replies = cache.replies(base, list(zip(texts, limits, strict=True)), progress)
+    return [
+        Row(
+            kind=kind,
+            prompt=prompt,
+            prompt_ids=tuple(base.encode(text)),
+            completion_ids=reply.tokens + ((end,) if reply.stopped else ()),
+        )
+        for (kind, prompt), text, reply in zip(asked, texts, replies, strict=True)
+    ]

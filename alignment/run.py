@@ -1,0 +1,336 @@
+"""Until green: fit, evaluate, gate, export, accept.
+
+    record = run(RunConfig(base=Path("models/smollm2-135m"), out=Path("artifacts/demo.dat")), view=View())
+
+The loop knows nothing of how weights are stored and the trainer nothing of behaviours; this module joins them. Promises:
+every evaluation sees shipping numerics; green means two green evaluations in a row and then the file itself, judged by a
+fresh process on every split; nothing that is not green stands at ``out``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from alignment import manifest, report
+from alignment.acceptance import Acceptance, pick_device
+from alignment.cache import ReplyCache
+from alignment.evaluate import Evaluation, Evaluator
+from alignment.gate import DRIFT_BOUND, Assessment, History, Verdict, assess
+from alignment.record import EvalRecord, RunRecord, StepRecord
+from alignment.rows import base_rows, read_folder, target_rows
+from alignment.suite import collect, refuse_leaks
+from alignment.view import View
+from trainer.candidate import Candidate, changed_groups
+from trainer.files import sha256_file
+from trainer.fit import Fit, FitConfig, FitError
+from trainer.model import Template, folder_sha256, load
+from trainer.nvfp4 import Rule
+from trainer.objective import BaseTraces
+
+
+class RunError(Exception):
+    """A run that cannot start; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What ``align run`` was asked for."""
+
+    base: Path
+    """A model folder, or a .dat inside one."""
+    out: Path
+    specs: Path = Path("specs")
+    data: Path = Path("data")
+    reports: Path = Path("reports")
+    seed: int = 0
+    steps: int = 80
+    """Most optimiser steps (the budget)."""
+    eval_every: int = 4
+    budget_minutes: float = 30.0
+    until_green: bool = True
+    """Stop when green; otherwise train all steps and judge then."""
+    template: Template = "chat"
+    device: str = "auto"
+    drift_bound: float = DRIFT_BOUND
+    retries: int = 3
+    """How often the run steps back before it ends with ``regressed``."""
+    rule: Rule = "mse"
+    dither: float = 0.9
+    fit: FitConfig = dataclasses.field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if self.out.suffix != ".dat":
+            raise RunError(f"--out {self.out}: an artifact's name ends in .dat")
+        for name in ("steps", "eval_every"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not (math.isfinite(self.budget_minutes) and self.budget_minutes > 0):
+            raise RunError(f"--budget-minutes must be above 0, got {self.budget_minutes}")
+
+    @property
+    def base_file(self) -> Path:
+        return self.base if self.base.suffix == ".dat" else self.base / "base.dat"
+
+
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON-ready data."""
+    flat = dataclasses.asdict(config)
+    return json.loads(json.dumps(flat, default=str))  # type: ignore[no-any-return]
+
+
+def _refuse_overwriting(config: RunConfig) -> None:
+    """A base or a pinned artifact is never overwritten."""
+    if not config.out.exists():
+        return
+    if config.out.samefile(config.base_file):
+        raise RunError(f"--out {config.out} is the base itself; choose another name")
+    beside = config.out.with_name(config.out.name + ".json")
+    try:
+        kept = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError(f"--out {config.out} exists and was not made by align (no readable {beside.name}); move it away") from None
+    if not isinstance(kept, dict) or kept.get("kind") == "base" or kept.get("pinned"):
+        raise RunError(f"--out {config.out} is a base or pinned; choose another name")
+
+
+class _Run:
+    """One run's moving parts."""
+
+    def __init__(self, config: RunConfig, view: View, command: str) -> None:
+        self.config, self.view = config, view
+        self.started = time.monotonic()
+        self._phase_started = self.started
+        now = datetime.datetime.now(datetime.UTC)
+        self.suite = collect(config.specs)
+        self.data = read_folder(config.data)
+        refuse_leaks(self.suite, self.data.by_file)
+        _refuse_overwriting(config)
+        if not config.base_file.is_file():
+            raise RunError(f"--base {config.base}: no {config.base_file}; `align models` lists bases, `align models get NAME` makes one")
+        self.device = pick_device(config.device)
+        self.process = psutil.Process()
+        self.record = RunRecord(
+            run=f"{now:%Y%m%d-%H%M%S}-{config.out.stem}-seed{config.seed}",
+            verdict="red",
+            cause="",
+            command=command,
+            started=now.isoformat(timespec="seconds"),
+            base={},
+            artifact=None,
+            inputs={**self.data.hashes, str(config.specs): self.suite.sha256},
+            config=plain_config(config),
+            environment=manifest.environment(),
+            code=manifest.code_revision(),
+        )
+        self.folder = config.reports / self.record.run
+
+    def phase(self, name: str) -> None:
+        """End the phase that ran until now."""
+        now = time.monotonic()
+        self.record.seconds[name] = self.record.seconds.get(name, 0.0) + now - self._phase_started
+        self._phase_started = now
+        self._memory()
+
+    def _memory(self) -> int:
+        rss = int(self.process.memory_info().rss)
+        self.record.peak_rss_bytes = max(self.record.peak_rss_bytes, rss)
+        return rss
+
+    def prepare(self) -> None:
+        """Load base and candidate; ask the base for every reply that it is the yardstick of."""
+        config, view = self.config, self.view
+        base_file = config.base_file
+        view.say(f"base {base_file}")
+        torch.manual_seed(config.seed)
+        base = load(base_file, device=self.device)
+        lm = load(base_file, device=self.device)
+        self.record.base = {
+            "name": base_file.parent.name,
+            "path": str(base_file),
+            "sha256": base.weights_sha256,
+            "folder": str(base.folder),
+            "folder_sha256": folder_sha256(base.folder),
+        }
+        self.record.environment |= {"device": str(self.device), "dtype": str(base.dtype)}
+        self.phase("load")
+        cache = ReplyCache()
+        with view.progress("base replies to the suite") as progress:
+            self.evaluator = Evaluator(base, self.suite, template=config.template, cache=cache, progress=progress)
+        with view.progress("base replies to contrast and replay prompts") as progress:
+            rows = base_rows(base, self.data, config.template, cache, progress)
+        traces = BaseTraces(base, rows)
+        self.candidate = Candidate(lm, rule=config.rule, seed=config.seed, dither=config.dither)
+        self.candidate.refresh()
+        self.fit = Fit(self.candidate, target_rows(lm, self.data, config.template), traces, config.fit, seed=config.seed)
+        self.phase("base replies")
+
+    def train(self) -> tuple[Verdict, str]:
+        """Fit and evaluate until the gate says stop. ``green`` here means ready to export."""
+        config, view, history = self.config, self.view, History()
+        deadline = self.started + 60 * config.budget_minutes
+        good = self.fit.snapshot()
+        tries = 0
+        assessment: Assessment | None = None
+        with view.training(self.suite, config.steps, deadline - time.monotonic()) as live:
+            taken = 0
+            while taken < config.steps and time.monotonic() < deadline:
+                try:
+                    result = self.fit.step()
+                    broken = ""
+                except FitError as error:
+                    broken = str(error)
+                taken += 1
+                if not broken:
+                    self.record.steps.append(
+                        StepRecord(
+                            step=taken,
+                            lr=config.fit.lr * self.fit.lr_scale,
+                            **{k: v for k, v in dataclasses.asdict(result).items()},
+                        )
+                    )
+                live.step(self.record.steps[-1] if self.record.steps else None, self._memory())
+                self.phase("training")
+                due = taken % config.eval_every == 0 or taken == config.steps
+                if not due and not broken:
+                    continue
+                if broken:
+                    decision, reasons = "step-back", (broken,)
+                else:
+                    evaluation = self.evaluator(self.candidate.lm, "anchor", "dev", progress=live.evaluating)
+                    assessment = assess(evaluation, drift_bound=config.drift_bound)
+                    decision = history.decide(assessment)
+                    reasons = history.reasons if decision == "step-back" else assessment.reasons
+                    self.record.final, self.record.assessment = evaluation, assessment
+                    self._note(taken, evaluation, assessment, decision, reasons)
+                    live.evaluated(self.record.evals[-1], assessment)
+                    self.phase("evaluation")
+                if decision == "green" and config.until_green:
+                    return "green", f"every spec was green in two evaluations in a row, the last after step {taken}"
+                if decision == "step-back":
+                    tries += 1
+                    if tries > config.retries:
+                        return "regressed", f"stepped back {config.retries} times; at last after step {taken}: {'; '.join(reasons)}"
+                    self.fit.restore(good)
+                    self.fit.lr_scale /= 2
+                    live.say(f"step {taken}: {'; '.join(reasons)}; back to the last good weights, half the step size")
+                elif assessment is not None and not assessment.harmed and not broken:
+                    good = self.fit.snapshot()
+        if not config.until_green and assessment is not None and assessment.green:
+            return "green", f"all {config.steps} steps taken; every spec green at the end"
+        limit = f"{config.steps} steps" if taken >= config.steps else f"{config.budget_minutes:g} minutes"
+        missing = "; ".join(assessment.reasons) if assessment and assessment.reasons else "green only once, not twice in a row"
+        return "red", f"the budget of {limit} is spent; still missing: {missing}"
+
+    def _note(self, step: int, evaluation: Evaluation, assessment: Assessment, decision: str, reasons: tuple[str, ...]) -> None:
+        passed = {
+            spec.spec: (spec.cases - spec.lost if spec.kind in ("preserve", "general") else spec.passed, spec.cases)
+            for spec in assessment.specs
+        }
+        self.record.evals.append(
+            EvalRecord(
+                step=step,
+                drift=assessment.drift,
+                green=assessment.green,
+                decision=decision,
+                passed=passed,
+                reasons=reasons,
+                seconds=evaluation.seconds,
+            )
+        )
+
+    def finish(self, verdict: Verdict, cause: str) -> RunRecord:
+        """Export, accept in a fresh process when the candidate is green, and write manifest and report."""
+        record, config = self.record, self.config
+        record.verdict, record.cause = verdict, cause
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / ("candidate.dat" if verdict == "green" else f"{verdict}.dat")
+        self.view.say(f"exporting {file}")
+        self.candidate.export(file)
+        record.tensors = [row | {"trained": True} for row in changed_groups(config.base_file, file)]
+        self.phase("export")
+        del self.fit  # masters and moments: the fresh process needs the memory
+        if verdict == "green":
+            self.view.say("judging the file in a fresh process, every split")
+            self._accept(file)
+            self.phase("acceptance")
+        if record.verdict == "green":
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            kept = _promote(file, config.out)
+        elif file.name == "candidate.dat":
+            kept = file.rename(self.folder / f"{record.verdict}.dat")
+        else:
+            kept = file
+        record.artifact = {"path": str(kept), "sha256": sha256_file(kept), "bytes": kept.stat().st_size}
+        self.phase("writing")
+        path = report.write(record, self.folder)
+        manifest.write(record, kept, path)
+        return record
+
+    def _accept(self, file: Path) -> None:
+        record, config = self.record, self.config
+        # A fresh interpreter: nothing of this process's memory can vouch for the file.
+        with tempfile.TemporaryDirectory() as work:
+            answer = Path(work) / "acceptance.json"
+            command = [
+                *(sys.executable, "-m", "alignment.acceptance", str(file), "--json", str(answer)),
+                *("--model", str(config.base_file.parent), "--base", str(config.base_file)),
+                *("--specs", str(config.specs), "--template", config.template, "--device", str(self.device)),
+                *("--drift-bound", str(config.drift_bound)),
+            ]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+            if done.returncode != 0 or not answer.is_file():
+                tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
+                record.verdict, record.cause = "red", f"the exported file could not be judged in a fresh process: {tail}"
+                return
+            accepted = Acceptance.from_json(json.loads(answer.read_text(encoding="utf-8")), self.suite)
+        if accepted.weight_sha256 != sha256_file(file):
+            record.verdict, record.cause = "red", "the exported file changed between writing and judging"
+            return
+        record.final, record.assessment = accepted.evaluation, accepted.assessment
+        record.unstable, record.accepted_in_fresh_process = accepted.unstable, True
+        if not accepted.assessment.green:
+            record.verdict = "red"
+            record.cause = f"the exported file is not green: {'; '.join(accepted.assessment.reasons)}"
+        elif accepted.unstable:
+            record.verdict = "unstable"
+            record.cause = f"{len(accepted.unstable)} passing case(s) fail when asked alone: " + "; ".join(
+                f"{row['id']!r} -> {row['alone']!r}" for row in accepted.unstable[:3]
+            )
+
+
+def _promote(file: Path, out: Path) -> Path:
+    """Move the accepted file to its name; across file systems through a copy beside it, so that no half file shows."""
+    try:
+        return file.replace(out)
+    except OSError:
+        near = out.with_name(f".{out.name}.new")
+        shutil.copyfile(file, near)
+        near.replace(out)
+        file.unlink()
+        return out
+
+
+def run(config: RunConfig, *, view: View, command: str = "") -> RunRecord:
+    """Do one run and return its record; report and manifest are on disk. Raises RunError, SpecError, DataError, DatError,
+    ModelError before anything is trained."""
+    this = _Run(config, view, command or shlex.join(["align", "run"]))
+    this.prepare()
+    verdict, cause = this.train()
+    return this.finish(verdict, cause)
