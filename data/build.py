@@ -7,7 +7,6 @@ misses. A generated row that overlaps a dev or held-out prompt of specs/ is left
 from __future__ import annotations
 
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,17 +26,17 @@ def near(prompt: str) -> bool:
     return any(bare(hidden) in text or overlap(prompt, hidden) >= LEAK_BOUND for hidden in HIDDEN)
 
 
-def variants(core: str, language: str, spec: dict[str, Any], random: Random) -> list[str]:
-    """``core`` plain and decorated, in an order drawn from ``random``: one plain, the decorated, the other plain."""
+def variants(core: str, language: str, spec: dict[str, Any], random: Random, turn: int) -> list[str]:
+    """``core`` once plain, then decorated, then plain again; ``turn`` moves the openers on, so that none is rare."""
     asked, text = core[-1] in "?？", core.rstrip("?？")
     kind = ("closed" if text.endswith(tuple(spec["closed"][language])) else "open") if asked else "said"
     openers = spec["decorations"][language]["openers"]["question" if asked else "said"]
     endings = spec["decorations"][language]["endings"][kind]
-    pairs = list(product(openers, endings))
-    random.shuffle(pairs)
+    count = len(openers)
+    pairs = [(openers[(2 * turn + step) % count], random.choice(endings)) for step in range(2 * count)]
     plain = [("", ending) for ending in endings]
     random.shuffle(plain)
-    pairs = [plain[0], *pairs[: 2 * len(openers)], *plain[1:]]
+    pairs = [plain[0], *pairs, *plain[1:]]
     made = []
     for opener, ending in pairs:
         row = f"{opener}{text}{ending}"
@@ -50,9 +49,10 @@ def variants(core: str, language: str, spec: dict[str, Any], random: Random) -> 
 def draw(cores: list[str], count: int, language: str, spec: dict[str, Any], taken: set[str], name: str) -> list[str]:
     """``count`` rows from ``cores`` in turn, so that all appear about equally often. Adds them to ``taken``."""
     random = Random(f"{spec['seed']} {name} {language}")
-    queues = {core: variants(core, language, spec, random) for core in cores}
     order = [*cores]
     random.shuffle(order)
+    order.sort(key=lambda core: core[-1] in "?？")
+    queues = {core: variants(core, language, spec, random, turn) for turn, core in enumerate(order)}
     rows: list[str] = []
     uses: Counter[str] = Counter()
     while len(rows) < count:
