@@ -81,12 +81,10 @@ class Judge:
         from alignment.suite import collect
 
         self._check_weight(folder)
-        if folder not in self._suites:
-            try:
-                self._suites[folder] = collect(folder)
-            except SpecError as error:
-                raise pytest.UsageError(harmless(" ".join(str(error).split()))) from None
-        return self._suites[folder]
+        try:
+            return self._suites.get(folder) or self._suites.setdefault(folder, collect(folder))
+        except SpecError as error:
+            raise pytest.UsageError(harmless(" ".join(str(error).split()))) from None
 
     def _check_weight(self, folder: Path) -> None:
         if self._checked or self.collect_only:  # listing the cases needs no weight

@@ -72,7 +72,7 @@ def test_nearly_the_same_question_is_a_leak(tmp_path: Path, case: str, row: str)
         ("你是誰", "我是誰"),
         ("你是誰", "他是誰"),
         ("你好", "你是誰"),
-        ("Who are you?", "Who is he?"),
+        ("Who is he?", "Who is she?"),
         ("C# 好嗎", "F# 好嗎"),
     ],
 )
