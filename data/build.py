@@ -33,7 +33,7 @@ def variants(core: str, language: str, spec: dict[str, Any], random: Random, tur
     openers = spec["decorations"][language]["openers"]["question" if asked else "said"]
     endings = spec["decorations"][language]["endings"][kind]
     count = len(openers)
-    pairs = [(openers[(2 * turn + step) % count], random.choice(endings)) for step in range(2 * count)]
+    pairs = [(openers[(turn + 5 * step) % count], random.choice(endings)) for step in range(2 * count)]
     plain = [("", ending) for ending in endings]
     random.shuffle(plain)
     pairs = [plain[0], *pairs, *plain[1:]]
