@@ -70,6 +70,7 @@ def test_a_fresh_process_answers_the_same(
 
 
 def test_a_pass_that_flips_alone_is_unstable(tiny_model: Path, specs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (specs / "a.spec.yaml").write_text(SPEC.format(kind="contrast"), encoding="utf-8")
     real = acceptance.generate
     asked = []
 
@@ -83,7 +84,11 @@ def test_a_pass_that_flips_alone_is_unstable(tiny_model: Path, specs: Path, monk
     facts = {"model": None, "base": None, "specs": specs, "template": "chat"}
     found = judge_file(tiny_model / "base.dat", **facts, alone=True)  # type: ignore[arg-type]
     assert [len(texts) for texts in asked] == [1, 1, 1]
-    assert [row["id"] for row in found.unstable] == ["facts/anchor/1 q1", "facts/anchor/2 q2", "facts/heldout/1 q3"]
+    assert sorted(row["id"] for row in found.unstable) == [
+        "facts/anchor/1 q1",
+        "facts/anchor/2 q2",
+        "facts/heldout/1 q3",
+    ]
     assert {row["alone"] for row in found.unstable} == {"no such text"}
     monkeypatch.setattr(acceptance, "NARROW", {torch.float32: -1.0, torch.bfloat16: -1.0})
     assert judge_file(tiny_model / "base.dat", **facts, alone=True).unstable == []  # type: ignore[arg-type]
