@@ -10,8 +10,7 @@ others in dash as well as in a colour-blind safe hue. Values that are not finite
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alignment.record import EvalRecord, StepRecord
@@ -65,16 +64,12 @@ def svg(steps: Sequence[StepRecord], evals: Sequence[EvalRecord], *, drift_bound
     return b"\n".join(line.rstrip() for line in out.getvalue().splitlines()) + b"\n"
 
 
-def _finite(values: Iterable[float]) -> list[float]:
-    return [value if math.isfinite(value) else math.nan for value in values]
-
-
 def _loss(axis: Axes, steps: Sequence[StepRecord], evals: Sequence[EvalRecord], bound: float | None) -> None:
     x = [s.step for s in steps]
     marker = "." if len(steps) == 1 else ""  # a line of one point is invisible
-    axis.plot(x, _finite(s.loss for s in steps), color=GREY, linewidth=2.2, marker=marker, label="loss")
+    axis.plot(x, [s.loss for s in steps], color=GREY, linewidth=2.2, marker=marker, label="loss")
     for name, colour, dash in (("target", VERMILION, "--"), ("contrast", GREEN, "-."), ("replay", PURPLE, ":")):
-        y = _finite(getattr(s, name) for s in steps)
+        y = [getattr(s, name) for s in steps]
         axis.plot(x, y, color=colour, linestyle=dash, marker=marker, linewidth=1.6, label=name)
     for e in evals:
         axis.axvline(e.step, color=GREY, alpha=0.35, linewidth=0.6)
@@ -82,9 +77,9 @@ def _loss(axis: Axes, steps: Sequence[StepRecord], evals: Sequence[EvalRecord], 
 
 
 def _drift(axis: Axes, steps: Sequence[StepRecord], evals: Sequence[EvalRecord], bound: float | None) -> None:
-    axis.plot([e.step for e in evals], _finite(e.drift for e in evals), color=BLUE, linewidth=1.6, label="drift")
-    _marks(axis, evals, _finite(e.drift for e in evals))
-    if bound is not None and math.isfinite(bound):
+    axis.plot([e.step for e in evals], [e.drift for e in evals], color=BLUE, linewidth=1.6, label="drift")
+    _marks(axis, evals, [e.drift for e in evals])
+    if bound is not None:
         axis.axhline(bound, color=VERMILION, linestyle="--", linewidth=1.2, label=f"bound {bound:g}")
     axis.set_ylabel("drift (nats/token)")
 

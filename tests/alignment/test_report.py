@@ -270,6 +270,7 @@ def test_every_verdict_and_every_early_end_renders(verdict: Verdict, shape: str,
         assert any("not promoted, kept at `artifacts/demo.dat`" in line for line in text) == (verdict != "green")
     assert ("No final evaluation was made." in text) == (shape in ("no final", "nothing"))
     assert ("No step was taken and nothing was evaluated on the way." in text) == (shape in ("no steps", "nothing"))
+    assert text[text.index("Passing cases whose reply fails at batch size 1.") + 2] == "None."
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["verdict"] == verdict
     assert {path.name for path in tmp_path.iterdir()} == {"report.md", "report.json", "curves.svg"}
 
@@ -278,6 +279,17 @@ def test_steps_without_evaluations_and_evaluations_without_steps(tmp_path: Path)
     assert "Nothing was evaluated on the way." in lines(green(evals=[]), tmp_path)
     text = lines(green(steps=[]), tmp_path)
     assert any(line.startswith("![Curves over steps; at the last evaluation drift") for line in text)
+
+
+def test_the_recorded_assessment_is_the_one_shown(tmp_path: Path) -> None:
+    given = dataclasses.replace(assess(GOOD), reasons=("held back: <b>by hand</b>",))
+    assert "- held back: &#60;b&#62;by hand&#60;/b&#62;" in lines(green(verdict="red", assessment=given), tmp_path)
+
+
+def test_a_spec_name_is_text_in_the_summary(tmp_path: Path) -> None:
+    final = finished(outcome("<b>&", "target", "q", "b", "r"))
+    text = lines(green(final=final, assessment=assess(final)), tmp_path)
+    assert "<details><summary>&lt;b&gt;&amp; (target): 1 of 1 replies shown, 0 of these fail</summary>" in text
 
 
 def test_a_record_without_assessment_is_assessed_under_its_own_bound(tmp_path: Path) -> None:
@@ -361,7 +373,7 @@ def test_fences_cannot_be_closed_from_inside(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_said(tmp_path: Path) -> None:
     nan = float("nan")
     final = finished(
-        outcome("p", "preserve", "q", "b", "b", drift=nan), outcome("p", "preserve", "z", "b", "b", drift=1.0)
+        outcome("p", "preserve", "z", "b", "b", drift=1.0), outcome("p", "preserve", "q", "b", "b", drift=nan)
     )
     record = green(verdict="regressed", final=final, assessment=assess(final))
     record.steps[3] = dataclasses.replace(record.steps[3], loss=nan, target=float("inf"))
