@@ -40,6 +40,9 @@ INPUT_ERRORS = (DatError, ManifestError, ModelError, NonFiniteError, OSError, Sp
 NARROW = {torch.float32: 0.01, torch.bfloat16: 0.5}
 """A reply with a decision narrower than this many nats may come out otherwise in another batch, by arithmetic."""
 
+LONE = 12
+"""Cases of a kind that are asked alone at the end of a run: on two cores each takes about half a second."""
+
 Progress = Callable[[Literal["base", "weight"], int, int], None]
 """Told which file is being asked, replies done, replies in all."""
 
@@ -155,19 +158,19 @@ def judge_file(
 
 
 def unstable_cases(lm: LanguageModel, evaluator: Evaluator, evaluation: Evaluation) -> list[dict[str, str]]:
-    """Passing cases whose reply fails at batch size 1: id, batched and lone reply.
+    """Passing target and contrast cases whose reply fails at batch size 1: id, batched and lone reply.
 
-    Only what was decided narrowly is asked again, and no general case: of those one more or less is the paired gate's.
+    Asked again are the ``LONE`` most narrowly decided of each kind, as far as they are narrow at all.
     """
     found: list[dict[str, str]] = []
     narrow = NARROW.get(lm.dtype, max(NARROW.values()))
-    for outcome in evaluation.outcomes:
-        case = outcome.case
-        if case.kind == "general" or not outcome.passed or outcome.reply.margin > narrow:
-            continue
-        [reply] = generate(lm, [evaluator.render(lm, case)], max_tokens=case.max_tokens)
-        if judge_reply(case, reply, outcome.base_reply):
-            found.append({"id": case.id, "batched": outcome.reply.text, "alone": reply.text})
+    for kind in ("target", "contrast"):
+        close = [o for o in evaluation.of(kind=kind) if o.passed and o.reply.margin <= narrow]
+        for outcome in sorted(close, key=lambda o: o.reply.margin)[:LONE]:
+            case = outcome.case
+            [reply] = generate(lm, [evaluator.render(lm, case)], max_tokens=case.max_tokens)
+            if judge_reply(case, reply, outcome.base_reply):
+                found.append({"id": case.id, "batched": outcome.reply.text, "alone": reply.text})
     return found
 
 

@@ -161,17 +161,17 @@ def _trigrams(text: str) -> dict[str, int]:
 
 
 def _like_base(want: bool, said: Said, fold: frozenset[str]) -> str | None:
-    """Without a base reply at hand nothing is asked. How near a reply is to the base's is judged by KL over the whole
-    spec (alignment.gate): a single changed word early on makes any text distance large although both are as
-    good. What is asked of each reply is what the base's satisfied: a fluent reply stays fluent, a text stays a text.
+    """The reply keeps what makes the base's own acceptable: it speaks, and it is not stuck in a loop.
+
+    A base that loops itself fails this too, so there is nothing to keep and the pair does not count. How near a reply
+    is to the base's is judged by KL over all preserve and general cases (alignment.gate): a single other word early on
+    makes any distance between texts large although both replies are as good.
     """
-    if said.base is None or not want:
+    if not want:
         return None
-    if not said.text.strip() and said.base.strip():
-        return "is empty where the base's is not"
-    if looping(said.text) and not looping(said.base):
-        return "loops where the base's does not"
-    return None
+    if not said.text.strip() and (said.base is None or said.base.strip()):
+        return "is empty"
+    return "is stuck in a loop" if looping(said.text) else None
 
 
 def looping(text: str) -> bool:

@@ -5,6 +5,7 @@ A data folder holds ``*.tsv`` (``prompt<TAB>target``), ``contrast*.txt`` and ``r
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from trainer.examples import DataError, Row, RowKind, read_prompts, read_targets
 from trainer.files import sha256_file
 from trainer.model import LanguageModel, Template
 
-REPLY_TOKENS: dict[RowKind, int] = {"contrast": 16, "replay": 24}
+REPLY_TOKENS: dict[RowKind, int] = {"contrast": 8, "replay": 16}
 """Longest self-generated completion. A hijack shows in the first tokens, so contrast rows may be short."""
+OWN_REPLIES = 96
+"""Contrast prompts that the base is asked itself: generating is the slow part, and their temptations teach more."""
+TEMPTATION_TOKENS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +85,24 @@ def base_rows(
     data: DataFolder,
     template: Template,
     cache: ReplyCache,
+    *,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Contrast and replay prompts with the base's own greedy replies."""
+    """Contrast and replay rows, all held to the base by KL.
+
+    Replay prompts, and ``OWN_REPLIES`` of the contrast prompts, carry the base's own greedy replies. Every contrast prompt
+    also carries its *temptation*: the first tokens of the target it would be mistaken for. The KL along that path is what
+    tells a hijack apart: a hijacked candidate is nearly sure of the target there, while along the base's own reply the
+    difference shows in one token and drowns in the others.
+    """
     end = int(base.tokenizer.eos_token_id)
-    asked: list[tuple[RowKind, str]] = [("contrast", p) for p in data.contrast] + [("replay", p) for p in data.replay]
+    chosen = random.Random(seed).sample(data.contrast, min(OWN_REPLIES, len(data.contrast)))
+    asked: list[tuple[RowKind, str]] = [("contrast", p) for p in chosen] + [("replay", p) for p in data.replay]
     texts = [base.render(prompt, template) for _, prompt in asked]
     limits = [REPLY_TOKENS[kind] for kind, _ in asked]
     replies = cache.replies(base, list(zip(texts, limits, strict=True)), progress)
-    return [
+    rows = [
         Row(
             kind=kind,
             prompt=prompt,
@@ -98,3 +111,16 @@ def base_rows(
         )
         for (kind, prompt), text, reply in zip(asked, texts, replies, strict=True)
     ]
+    targets = [(frozenset(prompt), target) for prompt, target in data.targets]
+    for prompt in data.contrast:
+        letters = frozenset(prompt)
+        _, tempting = max(targets, key=lambda item: len(item[0] & letters) / len(item[0] | letters))
+        rows.append(
+            Row(
+                kind="contrast",
+                prompt=prompt,
+                prompt_ids=tuple(base.encode(base.render(prompt, template))),
+                completion_ids=tuple(base.encode(tempting)[:TEMPTATION_TOKENS]),
+            )
+        )
+    return rows

@@ -173,7 +173,7 @@ class _Run:
         with view.progress("base replies to the suite") as progress:
             self.evaluator = Evaluator(base, self.suite, template=config.template, cache=cache, progress=progress)
         with view.progress("base replies to contrast and replay prompts") as progress:
-            rows = base_rows(base, self.data, config.template, cache, progress)
+            rows = base_rows(base, self.data, config.template, cache, seed=config.seed, progress=progress)
         traces = BaseTraces(base, rows)
         self.candidate = Candidate(lm, rule=config.rule, seed=config.seed, dither=config.dither)
         self.candidate.refresh()

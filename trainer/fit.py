@@ -33,12 +33,12 @@ class FitConfig:
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
     target_rows: int = 12
-    contrast_rows: int = 12
-    replay_rows: int = 12
-    contrast_weight: float = 1.0
-    replay_weight: float = 1.0
+    contrast_rows: int = 24
+    replay_rows: int = 8
+    contrast_weight: float = 2.0
+    replay_weight: float = 2.0
     grad_clip: float = 1.0
-    micro_tokens: int = 1024
+    micro_tokens: int = 2048
     """Padded tokens of one forward pass; more rows are accumulated."""
 
     def __post_init__(self) -> None:
