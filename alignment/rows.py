@@ -56,7 +56,9 @@ def read_folder(folder: Path) -> DataFolder:
         raise DataError(f"{folder}: no *.tsv file with prompt<TAB>target rows in it; pass --data FOLDER")
     for kind, found in prompts.items():
         if not found:
-            raise DataError(f"{folder}: no {kind}*.txt file in it; without {kind} prompts nothing holds the model in place")
+            raise DataError(
+                f"{folder}: no {kind}*.txt file in it; without {kind} prompts nothing holds the model in place"
+            )
     return DataFolder(
         targets=tuple(targets),
         contrast=tuple(prompts["contrast"]),

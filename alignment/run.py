@@ -104,7 +104,9 @@ def _refuse_overwriting(config: RunConfig) -> None:
     try:
         kept = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise RunError(f"--out {config.out} exists and was not made by align (no readable {beside.name}); move it away") from None
+        raise RunError(
+            f"--out {config.out} exists and was not made by align (no readable {beside.name}); move it away"
+        ) from None
     if not isinstance(kept, dict) or kept.get("kind") == "base" or kept.get("pinned"):
         raise RunError(f"--out {config.out} is a base or pinned; choose another name")
 
@@ -122,7 +124,9 @@ class _Run:
         refuse_leaks(self.suite, self.data.by_file)
         _refuse_overwriting(config)
         if not config.base_file.is_file():
-            raise RunError(f"--base {config.base}: no {config.base_file}; `align models` lists bases, `align models get NAME` makes one")
+            raise RunError(
+                f"--base {config.base}: no {config.base_file}; `align models` lists bases, `align models get NAME` makes one"
+            )
         self.device = pick_device(config.device)
         self.process = psutil.Process()
         self.record = RunRecord(
@@ -177,7 +181,9 @@ class _Run:
         traces = BaseTraces(base, rows)
         self.candidate = Candidate(lm, rule=config.rule, seed=config.seed, dither=config.dither)
         self.candidate.refresh()
-        self.fit = Fit(self.candidate, target_rows(lm, self.data, config.template), traces, config.fit, seed=config.seed)
+        self.fit = Fit(
+            self.candidate, target_rows(lm, self.data, config.template), traces, config.fit, seed=config.seed
+        )
         self.phase("base replies")
 
     def train(self) -> tuple[Verdict, str]:
@@ -225,7 +231,10 @@ class _Run:
                 if decision == "step-back":
                     tries += 1
                     if tries > config.retries:
-                        return "regressed", f"stepped back {config.retries} times; at last after step {taken}: {'; '.join(reasons)}"
+                        return (
+                            "regressed",
+                            f"stepped back {config.retries} times; at last after step {taken}: {'; '.join(reasons)}",
+                        )
                     self.fit.restore(good)
                     self.fit.lr_scale /= 2
                     live.say(f"step {taken}: {'; '.join(reasons)}; back to the last good weights, half the step size")
@@ -234,10 +243,16 @@ class _Run:
         if not config.until_green and assessment is not None and assessment.green:
             return "green", f"all {config.steps} steps taken; every spec green at the end"
         limit = f"{config.steps} steps" if taken >= config.steps else f"{config.budget_minutes:g} minutes"
-        missing = "; ".join(assessment.reasons) if assessment and assessment.reasons else "green only once, not twice in a row"
+        missing = (
+            "; ".join(assessment.reasons)
+            if assessment and assessment.reasons
+            else "green only once, not twice in a row"
+        )
         return "red", f"the budget of {limit} is spent; still missing: {missing}"
 
-    def _note(self, step: int, evaluation: Evaluation, assessment: Assessment, decision: str, reasons: tuple[str, ...]) -> None:
+    def _note(
+        self, step: int, evaluation: Evaluation, assessment: Assessment, decision: str, reasons: tuple[str, ...]
+    ) -> None:
         passed = {
             spec.spec: (spec.cases - spec.lost if spec.kind in ("preserve", "general") else spec.passed, spec.cases)
             for spec in assessment.specs
@@ -293,11 +308,19 @@ class _Run:
                 *("--specs", str(config.specs), "--template", config.template, "--device", str(self.device)),
                 *("--drift-bound", str(config.drift_bound)),
             ]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))}
+            environment = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+                ),
+            }
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             if done.returncode != 0 or not answer.is_file():
                 tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                record.verdict, record.cause = "red", f"the exported file could not be judged in a fresh process: {tail}"
+                record.verdict, record.cause = (
+                    "red",
+                    f"the exported file could not be judged in a fresh process: {tail}",
+                )
                 return
             accepted = Acceptance.from_json(json.loads(answer.read_text(encoding="utf-8")), self.suite)
         if accepted.weight_sha256 != sha256_file(file):

@@ -61,7 +61,9 @@ class Candidate:
                 if name in pairs:
                     pair = pairs[name]
                     if pair.scale.scalar_type is not ScalarType.FLOAT8_E4M3FN:
-                        raise ModelError(f"{lm.path}: {name} has {pair.scale.scalar_type.name} scales; only E4M3 is trained")
+                        raise ModelError(
+                            f"{lm.path}: {name} has {pair.scale.scalar_type.name} scales; only E4M3 is trained"
+                        )
                     scale = reader.tensor(pair.scale.name).clone()
                     start = _dithered(reader.tensor(pair.qdata.name), scale, dither, generator)
                     self.scales[name] = scale.to(lm.device)
@@ -69,7 +71,9 @@ class Candidate:
                     start = reader.tensor(name).float()
                     self.raw_types[name] = reader.entries[name].scalar_type
                 else:
-                    raise ModelError(f"{lm.path}: {name} is tied, not stored; import the base again to give it its own entry")
+                    raise ModelError(
+                        f"{lm.path}: {name} is tied, not stored; import the base again to give it its own entry"
+                    )
                 self.masters[name] = start.to(lm.device).requires_grad_(True)
                 parameter.requires_grad_(True)
 
@@ -116,7 +120,9 @@ class Candidate:
                 if entry.name in owners and entry.name not in encoded:
                     name = owners[entry.name]
                     pair = reader.pairs()[name]
-                    codes, scale = quantise(self.masters[name].detach(), rule=self.rule, name=name, keep=self.scales[name])
+                    codes, scale = quantise(
+                        self.masters[name].detach(), rule=self.rule, name=name, keep=self.scales[name]
+                    )
                     encoded[pair.qdata.name] = codes.cpu(), pair.qdata.scalar_type
                     encoded[pair.scale.name] = scale.cpu(), pair.scale.scalar_type
                 if entry.name in encoded:

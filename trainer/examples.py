@@ -108,7 +108,9 @@ def collate(rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: to
     )
 
 
-def batches(rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: torch.device, tokens: int) -> Iterator[Batch]:
+def batches(
+    rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: torch.device, tokens: int
+) -> Iterator[Batch]:
     """The given rows in batches of like length, each of at most ``tokens`` padded tokens (or one row)."""
     order = sorted(indices, key=lambda i: (len(rows[i].prompt_ids) + len(rows[i].completion_ids), i))
     group: list[int] = []

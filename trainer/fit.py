@@ -1,7 +1,7 @@
 """One optimiser step, snapshot, restore. Knows rows and losses; knows nothing of behaviours or when to stop.
 
-    fit = Fit(candidate, rows, traces, FitConfig(), seed=0)
-    result = fit.step()       # StepResult(loss, target, contrast, replay, gradient_norm, seconds)
+fit = Fit(candidate, rows, traces, FitConfig(), seed=0)
+result = fit.step()       # StepResult(loss, target, contrast, replay, gradient_norm, seconds)
 """
 
 from __future__ import annotations
@@ -100,7 +100,9 @@ class Fit:
             ("replay", config.replay_rows, config.replay_weight),
         ):
             chosen = [self._kl_rows[kind][i] for i in self._samplers[kind].take(count)]  # type: ignore[index]
-            kls[kind] = self._accumulate(self.traces.rows, chosen, lambda batch: self.traces.kl(lm, batch).sum(), weight)
+            kls[kind] = self._accumulate(
+                self.traces.rows, chosen, lambda batch: self.traces.kl(lm, batch).sum(), weight
+            )
         self.candidate.gather_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.candidate.masters.values(), config.grad_clip, foreach=True))
         loss = target + config.contrast_weight * kls["contrast"] + config.replay_weight * kls["replay"]
@@ -121,7 +123,9 @@ class Fit:
             seconds=time.monotonic() - started,
         )
 
-    def _accumulate(self, rows: Sequence[Row], chosen: list[int], total: Callable[[Any], Tensor], weight: float) -> float:
+    def _accumulate(
+        self, rows: Sequence[Row], chosen: list[int], total: Callable[[Any], Tensor], weight: float
+    ) -> float:
         """Backward of weight x mean loss per completion token over the chosen rows; returns that mean (0 without rows)."""
         chosen = [i for i in chosen if rows[i].completion_ids]
         tokens = sum(len(rows[i].completion_ids) for i in chosen)

@@ -90,7 +90,10 @@ def _cut(lm: LanguageModel, raw: _Raw, limit: int) -> Reply:
     margins = raw.margins[: len(tokens) + raw.stopped]
     text: str = lm.tokenizer.decode(tokens, skip_special_tokens=True)
     return Reply(
-        text=text, tokens=tuple(tokens), stopped=raw.stopped, margin=min(margins, default=float("inf")) if margins else 0.0
+        text=text,
+        tokens=tuple(tokens),
+        stopped=raw.stopped,
+        margin=min(margins, default=float("inf")) if margins else 0.0,
     )
 
 

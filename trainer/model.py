@@ -26,7 +26,13 @@ from trainer.files import sha256_file
 from trainer.nvfp4 import dequantise
 
 Template = Literal["chat", "runner"]
-TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class ModelError(Exception):
@@ -179,7 +185,9 @@ def fill(module: nn.Module, reader: DatReader, *, device: torch.device, dtype: t
         if value is None and name == "lm_head.weight" and tied:
             value = decoded(reader, "model.embed_tokens.weight")
         if value is None:
-            raise ModelError(f"{reader.path}: no entry for parameter {name}; is this the .dat of the model in the folder?")
+            raise ModelError(
+                f"{reader.path}: no entry for parameter {name}; is this the .dat of the model in the folder?"
+            )
         if tuple(value.shape) != tuple(parameter.shape):
             raise ModelError(
                 f"{reader.path}: {name} is {list(value.shape)} in the file, {list(parameter.shape)} by the folder's config.json"
@@ -202,10 +210,21 @@ def _materialise_buffers(module: nn.Module, config: Any, device: torch.device) -
 
 def _stop_ids(config: Any, tokenizer: Any) -> tuple[int, ...]:
     """Token ids that end a reply: the model's own end tokens, <|im_end|> and <|endoftext|> where the tokenizer has them."""
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id, tokenizer.eos_token_id]
+    eos = (
+        config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id, tokenizer.eos_token_id]
+    )
     vocabulary = tokenizer.get_vocab()
     named = [vocabulary.get(token) for token in ("<|im_end|>", "<|endoftext|>")]
     return tuple(sorted({int(i) for i in (*eos, *named) if i is not None}))
 
 
-__all__ = ["DatError", "LanguageModel", "ModelError", "Template", "default_dtype", "load", "parameter_shapes", "read_folder"]
+__all__ = [
+    "DatError",
+    "LanguageModel",
+    "ModelError",
+    "Template",
+    "default_dtype",
+    "load",
+    "parameter_shapes",
+    "read_folder",
+]

@@ -57,9 +57,7 @@ _SLAB = 1 << 20
 """Blocks at a time on other devices: bounds the temporary memory of the plain path to about a gigabyte."""
 
 
-def quantise(
-    w: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quantise(w: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight.
 
     w: float32, bfloat16 or float16 [out, in], in divisible by 16. Returns qdata uint8 [out, in / 2] and scale
@@ -149,9 +147,7 @@ def dequantise(
     return _delivered(target, flat)
 
 
-def fake_quantise_(
-    src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None
-) -> None:
+def fake_quantise_(src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None) -> None:
     """out <- dequantise(*quantise(src, rule=rule, keep=keep)), bit for bit, in one pass and without a gradient.
 
     src: as in `quantise`; out: the same shape, float32, bfloat16 or float16; it may be src itself. Raises as `quantise`
