@@ -1,7 +1,7 @@
 """The ``align`` command.
 
-A user's mistake ends with one line on standard error and exit code 2; ``align run`` otherwise exits with its verdict's code
-(``alignment.gate.EXIT_CODES``).
+A user's mistake ends with one line on standard error and exit code 2; ``align run`` otherwise exits with its verdict's
+code (``alignment.gate.EXIT_CODES``).
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def run(
     options: dict[str, Any] = {"steps": steps, "eval_every": eval_every, "budget_minutes": budget_minutes}
     given = {key: value for key, value in options.items() if value is not None}
     try:
-        fit = FitConfig(**({} if lr is None else {"lr": lr}))
+        fit = FitConfig() if lr is None else FitConfig(lr=lr)
     except ValueError as error:
         raise Fault(f"--lr {lr}: {error}") from error
     config = runs.RunConfig(

@@ -94,7 +94,7 @@ class Evaluation:
 
 
 def judge_reply(case: Case, reply: Reply, base: Reply | None) -> tuple[str, ...]:
-    """Why ``reply`` fails ``case``: its own checks, and for contrast and preserve an empty reply where the base speaks."""
+    """Why ``reply`` fails the checks of ``case``; empty when it passes."""
     said = Said(text=reply.text, stopped=reply.stopped, base=base.text if base else None)
     return tuple(failures(cast("dict[str, Any]", case.expect), said))
 
@@ -112,7 +112,7 @@ class Evaluator:
         cache: ReplyCache | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Generate (or take from ``cache``) the base's reply to every case of ``splits``, and its states for the drift."""
+        """Generate (or take from ``cache``) the base's replies to ``splits``, and its states for the drift."""
         self.template = template
         self.cases = suite.select(*splits)
         self.cache = cache

@@ -1,7 +1,7 @@
 """Outcomes to a verdict, paired with the base.
 
-``assess`` says what one evaluation is worth; ``History`` turns evaluations over time into the decision of the loop: go on,
-green, or step back.
+``assess`` says what one evaluation is worth; ``History`` turns evaluations over time into the decision of the loop: go
+on, green, or step back.
 
 What green asks of each kind:
 
@@ -69,8 +69,8 @@ class Assessment:
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided exact McNemar p-value of ``lost`` against ``gained`` discordant pairs (1.0 when there are none)."""
     n = lost + gained
-    tail = sum(comb(n, k) for k in range(min(lost, gained) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    tail = sum(comb(n, k) for k in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / (1 << n))
 
 
 def paired_ok(cases: int, lost: int, gained: int) -> bool:

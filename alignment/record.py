@@ -35,7 +35,7 @@ class EvalRecord:
     decision: str
     """``go-on``, ``green`` or ``step-back``."""
     passed: dict[str, tuple[int, int]]
-    """Spec name to (cases in order, cases): a general or preserve case is in order unless it is lost against the base."""
+    """Spec name to (cases in order, cases): a general or preserve case is in order unless the base's answer is lost."""
     reasons: tuple[str, ...]
     seconds: float
 
@@ -68,7 +68,7 @@ class RunRecord:
     steps: list[StepRecord] = field(default_factory=list)
     evals: list[EvalRecord] = field(default_factory=list)
     final: Evaluation | None = None
-    """All splits, from the acceptance in a fresh process (or the last candidate evaluation when nothing was exported)."""
+    """All splits, from the acceptance in a fresh process (else the last evaluation of the candidate)."""
     assessment: Assessment | None = None
     accepted_in_fresh_process: bool = False
     unstable: list[dict[str, str]] = field(default_factory=list)

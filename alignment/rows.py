@@ -93,10 +93,10 @@ def base_rows(
 ) -> list[Row]:
     """Contrast and replay rows, all held to the base by KL.
 
-    Replay prompts, and ``OWN_REPLIES`` of the contrast prompts, carry the base's own greedy replies. Every contrast prompt
-    also carries its *temptation*: the first tokens of the target it would be mistaken for. The KL along that path is what
-    tells a hijack apart: a hijacked candidate is nearly sure of the target there, while along the base's own reply the
-    difference shows in one token and drowns in the others.
+    Replay prompts, and ``OWN_REPLIES`` of the contrast prompts, carry the base's own greedy replies. Every contrast
+    prompt also carries its *temptation*: the first tokens of the target it would be mistaken for. The KL along that
+    path is what tells a hijack apart: a hijacked candidate is nearly sure of the target there, while along the base's
+    own reply the difference shows in one token and drowns in the others.
     """
     end = int(base.tokenizer.eos_token_id)
     chosen = random.Random(seed).sample(data.contrast, min(OWN_REPLIES, len(data.contrast)))

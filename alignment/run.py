@@ -2,9 +2,9 @@
 
     record = run(RunConfig(base=Path("models/smollm2-135m"), out=Path("artifacts/demo.dat")), view=View())
 
-The loop knows nothing of how weights are stored and the trainer nothing of behaviours; this module joins them. Promises:
-every evaluation sees shipping numerics; green means two green evaluations in a row and then the file itself, judged by a
-fresh process on every split; nothing that is not green stands at ``out``.
+The loop knows nothing of how weights are stored and the trainer nothing of behaviours; this module joins them.
+Promises: every evaluation sees shipping numerics; green means two green evaluations in a row and then the file itself,
+judged by a fresh process on every split; nothing that is not green stands at ``out``.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class _Run:
         _refuse_overwriting(config)
         if not config.base_file.is_file():
             raise RunError(
-                f"--base {config.base}: no {config.base_file}; `align models` lists bases, `align models get NAME` makes one"
+                f"--base {config.base}: no {config.base_file}; `align models` lists bases, "
+                f"`align models get NAME` makes one"
             )
         self.device = pick_device(config.device)
         self.process = psutil.Process()
@@ -193,6 +194,7 @@ class _Run:
         good = self.fit.snapshot()
         tries = 0
         assessment: Assessment | None = None
+        reasons: tuple[str, ...] = ()
         with view.training(self.suite, config.steps, deadline - time.monotonic()) as live:
             taken = 0
             while taken < config.steps and time.monotonic() < deadline:
@@ -207,7 +209,7 @@ class _Run:
                         StepRecord(
                             step=taken,
                             lr=config.fit.lr * self.fit.lr_scale,
-                            **{k: v for k, v in dataclasses.asdict(result).items()},
+                            **dataclasses.asdict(result),
                         )
                     )
                 live.step(self.record.steps[-1] if self.record.steps else None, self._memory())
@@ -351,8 +353,10 @@ def _promote(file: Path, out: Path) -> Path:
 
 
 def run(config: RunConfig, *, view: View, command: str = "") -> RunRecord:
-    """Do one run and return its record; report and manifest are on disk. Raises RunError, SpecError, DataError, DatError,
-    ModelError before anything is trained."""
+    """Do one run and return its record; report and manifest are then on disk.
+
+    Raises RunError, SpecError, DataError, DatError or ModelError before anything is trained.
+    """
     this = _Run(config, view, command or shlex.join(["align", "run"]))
     this.prepare()
     verdict, cause = this.train()

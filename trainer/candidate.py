@@ -6,13 +6,13 @@
     optimiser.step(); candidate.refresh()
     candidate.export(Path("x.dat"))      # the same values that every forward pass and every evaluation saw
 
-The module's parameters always hold ``decode(encode(master))`` under the exporter's rule, so training, evaluation and the
-file cannot disagree.
+The module's parameters always hold ``decode(encode(master))`` under the exporter's rule, so training, evaluation and
+the file cannot disagree.
 
 Two things make a 4-bit base trainable without touching what it already is (docs/decisions.md, "dithered masters"):
 
-*Kept scales.* A block keeps the scale byte the base stores as long as every weight of it fits; so an untrained block keeps
-its very bytes, and a trained one does not jump to another grid.
+*Kept scales.* A block keeps the scale byte the base stores as long as every weight of it fits; so an untrained block
+keeps its very bytes, and a trained one does not jump to another grid.
 
 *Dither.* Decoded weights sit exactly on the grid, where an update below half a step is lost. Each master starts at a
 random point of the cell that rounds to its stored code, so the view is unchanged and an update of size d flips the
@@ -45,8 +45,9 @@ class Candidate:
     def __init__(self, lm: LanguageModel, *, rule: Rule = "mse", seed: int = 0, dither: float = 0.9) -> None:
         """Read masters and scales from ``lm.path``.
 
-        ``dither`` is the share of each cell that starting points are drawn from (0: on the grid; below 1 so that no point
-        lies within rounding error of a cell's edge). Raises ModelError when a trained entry cannot be written back.
+        ``dither`` is the share of each cell that starting points are drawn from (0: on the grid; below 1 so that no
+        point lies within rounding error of a cell's edge). Raises ModelError when a trained entry cannot be written
+        back.
         """
         self.lm, self.rule = lm, rule
         self.base_path = lm.path
@@ -109,7 +110,7 @@ class Candidate:
 
     @torch.no_grad()
     def export(self, path: Path) -> None:
-        """Write the candidate as a .dat: the base's entries in their order and types, trained values in place of its own."""
+        """Write the candidate as a .dat: the base's entries in their order and types, with the trained values."""
         with DatReader(self.base_path) as reader, DatWriter(path, len(reader.entries)) as writer:
             encoded: dict[str, tuple[Tensor, ScalarType]] = {}
             owners = {}
@@ -147,14 +148,14 @@ def _dithered(qdata: Tensor, scale: Tensor, share: float, generator: torch.Gener
     below, above = (low - level)[index] * share, (high - level)[index] * share
     magnitude = level[index] + below + (above - below) * torch.rand(index.shape, generator=generator)
     signed = torch.where(codes > 7, -magnitude, magnitude)
-    return (signed.unflatten(-1, (-1, BLOCK)) * scale.float()[..., None]).flatten(-2)
+    return (signed.reshape(*scale.shape, BLOCK) * scale.float()[..., None]).flatten(-2)
 
 
 def changed_groups(base: Path, other: Path) -> list[dict[str, Any]]:
     """For every group of tensors: parameters, and how many stored values differ between two files of one layout.
 
-    A group is a tensor's name without its layer number. ``codes`` counts 4-bit codes (or raw elements), ``scales`` scale
-    bytes.
+    A group is a tensor's name without its layer number. ``codes`` counts 4-bit codes (or raw elements), ``scales``
+    scale bytes.
     """
     groups: dict[str, dict[str, Any]] = {}
     with DatReader(base) as a, DatReader(other) as b:

@@ -1,8 +1,8 @@
 """Training rows: reading, encoding, batching, sampling.
 
-A row is a rendered prompt and the tokens that must follow it. ``target`` rows come from ``prompt<TAB>target`` files; the
-completions of ``contrast`` and ``replay`` rows are the base's own replies (the harness generates them), so a data file
-holds only their prompts, one a line.
+A row is a rendered prompt and the tokens that must follow it. ``target`` rows come from ``prompt<TAB>target`` files;
+the completions of ``contrast`` and ``replay`` rows are the base's own replies (the harness generates them), so a data
+file holds only their prompts, one a line.
 """
 
 from __future__ import annotations

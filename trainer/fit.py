@@ -1,7 +1,9 @@
 """One optimiser step, snapshot, restore. Knows rows and losses; knows nothing of behaviours or when to stop.
 
-fit = Fit(candidate, rows, traces, FitConfig(), seed=0)
-result = fit.step()       # StepResult(loss, target, contrast, replay, gradient_norm, seconds)
+    fit = Fit(candidate, rows, traces, FitConfig(), seed=0)
+    result = fit.step()       # StepResult(loss, target, contrast, replay, gradient_norm, seconds)
+
+A step whose loss or gradient is not finite is not taken (FitError).
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ class Fit:
         }
 
     def step(self) -> StepResult:
-        """Sample rows, accumulate gradients, update the masters and refresh the view. Raises FitError (nothing changed)."""
+        """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
         target = self._accumulate(
@@ -126,7 +128,7 @@ class Fit:
     def _accumulate(
         self, rows: Sequence[Row], chosen: list[int], total: Callable[[Any], Tensor], weight: float
     ) -> float:
-        """Backward of weight x mean loss per completion token over the chosen rows; returns that mean (0 without rows)."""
+        """Backward of weight x mean loss a completion token over the chosen rows. Returns that mean, 0 without rows."""
         chosen = [i for i in chosen if rows[i].completion_ids]
         tokens = sum(len(rows[i].completion_ids) for i in chosen)
         lm, mean = self.candidate.lm, 0.0

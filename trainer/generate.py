@@ -3,9 +3,9 @@
     replies = generate(lm, ["<|im_start|>user…"], max_tokens=24)
     replies[0].text, replies[0].margin, replies[0].stopped
 
-Prompts are sorted by length and decoded in batches of bounded size, left-padded under an explicit mask: a padding position
-attends to itself alone, so no row of a softmax is empty (no NaN), and real tokens never see padding. A finished row is
-dropped from the batch when enough rows have finished. Non-finite logits raise.
+Prompts are sorted by length and decoded in batches of bounded size, left-padded under an explicit mask: a padding
+position attends to itself alone, so no row of a softmax is empty (no NaN), and real tokens never see padding. A
+finished row is dropped from the batch when enough rows have finished. Non-finite logits raise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reply:
     stopped: bool
     """Whether the model ended by itself (a stop token) within the limit."""
     margin: float
-    """Smallest difference (in nats) between the best and the second-best logit over the reply: how near it was to another."""
+    """Smallest difference (nats) between best and second-best logit over the reply: how near it was to another."""
 
 
 def generate(
@@ -102,8 +102,8 @@ SHORTEST_PREFIX = 8
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share (a template's opening, a system message), short of any prompt's last one;
-    0 when it is not worth sharing."""
+    """How many leading tokens all prompts share (a template's opening, a system message), short of any prompt's last
+    one; 0 when it is not worth sharing."""
     first = prompts[0]
     length = min(len(prompt) for prompt in prompts) - 1
     for prompt in prompts:

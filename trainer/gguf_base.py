@@ -45,8 +45,8 @@ def _rows_to_half_split(weight: Tensor, heads: int) -> Tensor:
 def read_weights(path: Path, config: Any, names: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Yield (parameter name, float32 tensor [its shape]) for every name in ``names``, in that order.
 
-    A missing ``lm_head.weight`` is the embedding when the checkpoint ties them. Raises GgufError for an absent tensor or a
-    wrong shape.
+    A missing ``lm_head.weight`` is the embedding when the checkpoint ties them. Raises GgufError for an absent tensor
+    or a wrong shape.
     """
     import gguf
 

@@ -4,9 +4,9 @@
     lm.module(input_ids)            # transformers' own module, weights as the file stores them
     lm.render("你是誰")              # the prompt as the model's chat template (or the user's runner) writes it
 
-The module is transformers' implementation of the architecture; its parameters are the file's values, decoded. Nothing of a
-checkpoint is executed: no pickle, no remote code. ``lm_head`` is a parameter of its own whenever the file stores it apart,
-whatever ``tie_word_embeddings`` says (dat-format.md).
+The module is transformers' implementation of the architecture; its parameters are the file's values, decoded. Nothing
+of a checkpoint is executed: no pickle, no remote code. ``lm_head`` is a parameter of its own whenever the file stores
+it apart, whatever ``tie_word_embeddings`` says (dat-format.md).
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class LanguageModel:
     def render(self, messages: str | Sequence[dict[str, str]], template: Template = "chat") -> str:
         """The text given to the model for a prompt (or a dialogue that ends with a user turn).
 
-        ``chat`` is the model's own template; ``runner`` is the user's TorchSharp runner: no system message and a newline
-        before ``<|im_end|>``.
+        ``chat`` is the model's own template; ``runner`` is the user's TorchSharp runner: no system message and a
+        newline before ``<|im_end|>``.
         """
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if template == "runner":
@@ -169,7 +169,7 @@ def load(
 
 
 def decoded(reader: DatReader, name: str) -> Tensor | None:
-    """The values of parameter ``name``: an NVFP4 pair decoded to bfloat16 (exact), a raw entry as stored; None if absent."""
+    """Values of parameter ``name``: an NVFP4 pair decoded to bfloat16 (exact), a raw entry as stored; else None."""
     pair = reader.pairs().get(name)
     if pair is not None:
         return dequantise(reader.tensor(pair.qdata.name), reader.tensor(pair.scale.name), dtype=torch.bfloat16)
@@ -190,7 +190,8 @@ def fill(module: nn.Module, reader: DatReader, *, device: torch.device, dtype: t
             )
         if tuple(value.shape) != tuple(parameter.shape):
             raise ModelError(
-                f"{reader.path}: {name} is {list(value.shape)} in the file, {list(parameter.shape)} by the folder's config.json"
+                f"{reader.path}: {name} is {list(value.shape)} in the file, "
+                f"{list(parameter.shape)} by the folder's config.json"
             )
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to(device=device, dtype=dtype, copy=True)))
@@ -209,7 +210,7 @@ def _materialise_buffers(module: nn.Module, config: Any, device: torch.device) -
 
 
 def _stop_ids(config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Token ids that end a reply: the model's own end tokens, <|im_end|> and <|endoftext|> where the tokenizer has them."""
+    """Token ids that end a reply: the model's own, and <|im_end|> and <|endoftext|> where the tokenizer has them."""
     eos = (
         config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id, tokenizer.eos_token_id]
     )

