@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import comb
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from alignment.evaluate import Evaluation, Outcome
+if TYPE_CHECKING:  # so that the command does not wait for torch to tell an exit code
+    from alignment.evaluate import Evaluation, Outcome
 
 Verdict = Literal["green", "red", "regressed", "unstable", "guarded"]
 EXIT_CODES: dict[Verdict, int] = {"green": 0, "red": 10, "regressed": 11, "unstable": 12, "guarded": 13}

@@ -42,20 +42,41 @@ def _rows_to_half_split(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, half, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def read_weights(path: Path, config: Any, names: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (parameter name, float32 tensor [its shape]) for every name in ``names``, in that order.
+def open_gguf(path: Path) -> Any:
+    """A ``gguf.GGUFReader`` of a checkpoint that can be imported whole.
+
+    Raises GgufError: not GGUF, cut short, another architecture, or rotary positions that transformers' reader would
+    silently leave unscaled.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # what a broken file makes of its reader
+        raise GgufError(f"{path}: not a whole GGUF file ({' '.join(str(error).split()) or 'no header'})") from error
+    if architecture not in ARCHITECTURES:
+        raise GgufError(
+            f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
+    scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise GgufError(f"{path}: rope scaling {scaling.contents()!r} is not supported")
+    if any(tensor.name.startswith("rope_") for tensor in reader.tensors):
+        raise GgufError(f"{path}: rope scaling by factors (rope_freqs.weight and its kin) is not supported")
+    return reader
+
+
+def read_weights(reader: Any, config: Any, names: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (parameter name, float32 tensor [its shape]) of ``open_gguf``'s reader for every name, in that order.
 
     A missing ``lm_head.weight`` is the embedding when the checkpoint ties them. Raises GgufError for an absent tensor
     or a wrong shape.
     """
     import gguf
 
-    reader = gguf.GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
-    if architecture not in ARCHITECTURES:
-        raise GgufError(
-            f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
+    path = reader.data.filename
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     name_map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -87,13 +108,17 @@ def write_model_folder(gguf_path: Path, folder: Path, *, rule: Rule) -> None:
 
     from trainer.model import parameter_shapes
 
+    reader = open_gguf(gguf_path)
     where, file = str(gguf_path.parent), gguf_path.name
     config = AutoConfig.from_pretrained(where, gguf_file=file, local_files_only=True)
+    width = reader.fields.get(f"{config.model_type}.attention.key_length")  # transformers' reader passes over it
+    if width is not None:
+        config.head_dim = int(width.contents())
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     names = parameter_shapes(config)
-    write_base(folder / "base.dat", read_weights(gguf_path, config, names), names, rule=rule)
+    write_base(folder / "base.dat", read_weights(reader, config, names), names, rule=rule)
 
 
 def write_base(

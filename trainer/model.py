@@ -134,8 +134,9 @@ def read_folder(folder: Path) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: configuration or tokenizer cannot be read: {error}") from error
+    except Exception as error:  # the tokenizers library raises Exception itself for a broken tokenizer.json
+        said = " ".join(str(error).split())
+        raise ModelError(f"{folder}: configuration or tokenizer cannot be read: {said}") from error
     return config, tokenizer
 
 
