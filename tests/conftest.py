@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,4 +86,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Callable[
     fast.chat_template = IM_TEMPLATE
     fast.save_pretrained(folder)
     tiny_weights(folder / "base.dat", seed=0)
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose sub-folders count as installed packages; the real known bases count as absent."""
+    from trainer import sources
+
+    folder = tmp_path / "site"
+    folder.mkdir()
+    real = importlib.metadata.distribution
+    hidden = {name for base in sources.KNOWN.values() for name, _ in base.files}
+
+    class Installed:
+        def locate_file(self, inside: str) -> Path:
+            return folder / inside
+
+    def distribution(name: str) -> Any:
+        if (folder / name).is_dir():
+            return Installed()
+        if name in hidden:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
     return folder

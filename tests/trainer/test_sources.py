@@ -1,11 +1,9 @@
 """Known bases: found in packages, checked by hash, never overwritten."""
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,29 +14,6 @@ from trainer.model import load
 from trainer.sources import KnownBase, SourceError
 
 PARTS = 3
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose sub-folders count as installed packages; the real known bases count as absent."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    real = importlib.metadata.distribution
-    hidden = {name for base in sources.KNOWN.values() for name, _ in base.files}
-
-    class Installed:
-        def locate_file(self, inside: str) -> Path:
-            return folder / inside
-
-    def distribution(name: str) -> Any:
-        if (folder / name).is_dir():
-            return Installed()
-        if name in hidden:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    return folder
 
 
 Offer = Callable[[], KnownBase]
