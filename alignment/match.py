@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 PROTECTED = ("F#",)
-LIKE_BASE = 0.5
-"""Character-trigram similarity at which a reply counts as like the base's own (see ``similarity``)."""
 _DIGITS = {character: value for value, character in enumerate("零一二三四五六七八九")} | {"〇": 0, "兩": 2, "两": 2}
 
 
@@ -140,24 +138,6 @@ def disfluency(said: Said) -> str | None:
     if re.search(r"\{\{.*?\}\}|<\|[^|]*\|>|<think>(?!.*</think>)", text, re.DOTALL):
         return "holds template or control text"
     return None
-
-
-def similarity(a: str, b: str) -> float:
-    """Dice coefficient of the two texts' character trigrams after NFKC and case folding, 0 to 1."""
-    left, right = (_trigrams(text) for text in (a, b))
-    if not left or not right:
-        return float(left == right)
-    shared = sum(min(count, right.get(gram, 0)) for gram, count in left.items())
-    return 2 * shared / (sum(left.values()) + sum(right.values()))
-
-
-def _trigrams(text: str) -> dict[str, int]:
-    plain = "".join(unicodedata.normalize("NFKC", text).casefold().split())
-    padded = f" {plain} "
-    grams: dict[str, int] = {}
-    for i in range(len(padded) - 2 if plain else 0):
-        grams[padded[i : i + 3]] = grams.get(padded[i : i + 3], 0) + 1
-    return grams
 
 
 def _like_base(want: bool, said: Said, fold: frozenset[str]) -> str | None:

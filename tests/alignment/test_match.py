@@ -140,5 +140,5 @@ def test_like_base_asks_what_the_base_gives() -> None:
     assert passes(like, "另一個說法", base="UFO 是不明飛行物")
     assert not passes(like, " ", base="UFO 是不明飛行物")
     assert not passes(like, "之神之神之神", base="UFO 是不明飛行物")
-    assert passes(like, "之神之神之神", base="飛飛飛飛飛飛")
+    assert not passes(like, "之神之神之神", base="飛飛飛飛飛飛"), "a base that loops leaves nothing to keep"
     assert passes(like, "", base="")
