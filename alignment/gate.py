@@ -9,8 +9,8 @@ What green asks of each kind:
 * contrast: every case passes (no hijack is tolerated).
 * preserve: every case that the base passes passes, and the drift is within its bound.
 * general: paired with the base. A case that the base answers and the candidate does not is lost, the other way round is
-  gained; lost minus gained may be at most one case or 1 % of the cases, whichever is more, and must not be significant
-  (exact McNemar, p < 0.05).
+  gained; lost minus gained may be at most 3 % of the cases (one case in a small suite) and must not be significant
+  (exact McNemar, p < 0.05). A suite's size decides what it can tell: below some hundred cases one point is noise.
 
 Where a base fails a preserve or general case there is nothing to keep: the case counts only when it is gained.
 """
@@ -33,6 +33,10 @@ DRIFT_BOUND = 0.1
 COLLAPSE_BOUND = 1.0
 """Drift at which a candidate has collapsed: it is stepped back at once."""
 GREENS_IN_A_ROW = 2
+GENERAL_LOSS = 0.03
+"""Share of a general suite's cases by which lost may exceed gained."""
+PATIENCE = 3
+"""Harmed evaluations in a row, with a drift that does not fall, after which a run steps back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 def paired_ok(cases: int, lost: int, gained: int) -> bool:
     """Whether a general suite counts as unharmed (see the module docstring)."""
-    return lost - gained <= max(1.0, 0.01 * cases) and not (lost > gained and mcnemar(lost, gained) < 0.05)
+    return lost - gained <= max(1.0, GENERAL_LOSS * cases) and not (lost > gained and mcnemar(lost, gained) < 0.05)
 
 
 def lost_cases(outcomes: tuple[Outcome, ...]) -> str:
@@ -159,15 +163,23 @@ class History:
 
     greens: int = 0
     harmed: int = 0
+    drift: float = float("inf")
+    """Of the evaluation before."""
     reasons: tuple[str, ...] = field(default=())
     """Why the last decision was to step back."""
 
     def decide(self, assessment: Assessment) -> Decision:
-        """Green after two green evaluations in a row; step back on collapse, or on harm in two evaluations in a row."""
+        """Green after two green evaluations in a row; step back on collapse, or on harm that lasts and grows.
+
+        The first steps of a run drift most and the later ones come back, so harm counts once it has lasted ``PATIENCE``
+        evaluations and the drift is not falling.
+        """
         self.greens = self.greens + 1 if assessment.green else 0
         self.harmed = self.harmed + 1 if assessment.harmed else 0
-        if assessment.collapsed or self.harmed >= 2:
+        grows, self.drift = assessment.drift >= self.drift, assessment.drift
+        if assessment.collapsed or (self.harmed >= PATIENCE and grows):
             self.reasons = assessment.collapsed or assessment.harmed
             self.greens = self.harmed = 0
+            self.drift = float("inf")
             return "step-back"
         return "green" if self.greens >= GREENS_IN_A_ROW else "go-on"

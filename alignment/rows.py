@@ -6,18 +6,19 @@ A data folder holds ``*.tsv`` (``prompt<TAB>target``), ``contrast*.txt`` and ``r
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.cache import ReplyCache
+from alignment.suite import Suite
 from trainer.examples import DataError, Row, RowKind, read_prompts, read_targets
 from trainer.files import sha256_file
 from trainer.model import LanguageModel, Template
 
 REPLY_TOKENS: dict[RowKind, int] = {"contrast": 8, "replay": 16}
 """Longest self-generated completion. A hijack shows in the first tokens, so contrast rows may be short."""
-OWN_REPLIES = 96
+OWN_REPLIES = 48
 """Contrast prompts that the base is asked itself: generating is the slow part, and their temptations teach more."""
 TEMPTATION_TOKENS = 4
 
@@ -68,10 +69,21 @@ def read_folder(folder: Path) -> DataFolder:
     )
 
 
-def target_rows(lm: LanguageModel, data: DataFolder, template: Template) -> list[Row]:
+def _anchors_first(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
+    """Indices of ``prompts`` with those of anchor cases repeated until they are a third of the list.
+
+    A run sees only some hundred rows: what the specs name must be among them, whatever else the files hold.
+    """
+    named = [i for i, prompt in enumerate(prompts) if prompt in anchors]
+    times = max(1, (len(prompts) - len(named)) // (2 * len(named))) if named else 0
+    return [*range(len(prompts)), *(named * (times - 1) if times else [])]
+
+
+def target_rows(lm: LanguageModel, data: DataFolder, template: Template, suite: Suite) -> list[Row]:
     """Targets with their end-of-turn token: a row without it teaches endless replies."""
     end = int(lm.tokenizer.eos_token_id)
-    return [
+    anchors = frozenset(case.prompt for case in suite.select("anchor"))
+    rows = [
         Row(
             kind="target",
             prompt=prompt,
@@ -80,6 +92,7 @@ def target_rows(lm: LanguageModel, data: DataFolder, template: Template) -> list
         )
         for prompt, target in data.targets
     ]
+    return [rows[i] for i in _anchors_first([row.prompt for row in rows], anchors)]
 
 
 def base_rows(
@@ -88,6 +101,7 @@ def base_rows(
     template: Template,
     cache: ReplyCache,
     *,
+    suite: Suite,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
@@ -99,7 +113,9 @@ def base_rows(
     own reply the difference shows in one token and drowns in the others.
     """
     end = int(base.tokenizer.eos_token_id)
+    anchors = frozenset(case.prompt for case in suite.select("anchor"))
     chosen = random.Random(seed).sample(data.contrast, min(OWN_REPLIES, len(data.contrast)))
+    chosen = list(dict.fromkeys([*(p for p in data.contrast if p in anchors), *chosen]))
     asked: list[tuple[RowKind, str]] = [("contrast", p) for p in chosen] + [("replay", p) for p in data.replay]
     texts = [base.render(prompt, template) for _, prompt in asked]
     limits = [REPLY_TOKENS[kind] for kind, _ in asked]
@@ -114,7 +130,7 @@ def base_rows(
         for (kind, prompt), text, reply in zip(asked, texts, replies, strict=True)
     ]
     targets = [(frozenset(prompt), target) for prompt, target in data.targets]
-    for prompt in data.contrast:
+    for prompt in (data.contrast[i] for i in _anchors_first(data.contrast, anchors)):
         letters = frozenset(prompt)
         _, tempting = max(targets, key=lambda item: len(item[0] & letters) / len(item[0] | letters))
         rows.append(

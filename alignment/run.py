@@ -44,6 +44,10 @@ from trainer.nvfp4 import Rule
 from trainer.objective import BaseTraces
 
 
+CONFIRM_AFTER = 2
+"""Steps between a green evaluation and the one that confirms it: a pass that two small steps undo was none."""
+
+
 class RunError(Exception):
     """A run that cannot start; the message says what to change."""
 
@@ -61,7 +65,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 80
     """Most optimiser steps (the budget)."""
-    eval_every: int = 4
+    eval_every: int = 8
     budget_minutes: float = 30.0
     until_green: bool = True
     """Stop when green; otherwise train all steps and judge then."""
@@ -71,7 +75,7 @@ class RunConfig:
     retries: int = 3
     """How often the run steps back before it ends with ``regressed``."""
     rule: Rule = "mse"
-    dither: float = 0.9
+    dither: float = 0.5
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
@@ -178,12 +182,12 @@ class _Run:
         with view.progress("base replies to the suite") as progress:
             self.evaluator = Evaluator(base, self.suite, template=config.template, cache=cache, progress=progress)
         with view.progress("base replies to contrast and replay prompts") as progress:
-            rows = base_rows(base, self.data, config.template, cache, seed=config.seed, progress=progress)
+            rows = base_rows(base, self.data, config.template, cache, suite=self.suite, seed=config.seed, progress=progress)
         traces = BaseTraces(base, rows)
         self.candidate = Candidate(lm, rule=config.rule, seed=config.seed, dither=config.dither)
         self.candidate.refresh()
         self.fit = Fit(
-            self.candidate, target_rows(lm, self.data, config.template), traces, config.fit, seed=config.seed
+            self.candidate, target_rows(lm, self.data, config.template, self.suite), traces, config.fit, seed=config.seed
         )
         self.phase("base replies")
 
@@ -196,7 +200,7 @@ class _Run:
         assessment: Assessment | None = None
         reasons: tuple[str, ...] = ()
         with view.training(self.suite, config.steps, deadline - time.monotonic()) as live:
-            taken = 0
+            taken, next_evaluation = 0, config.eval_every
             while taken < config.steps and time.monotonic() < deadline:
                 try:
                     result = self.fit.step()
@@ -208,13 +212,13 @@ class _Run:
                     self.record.steps.append(
                         StepRecord(
                             step=taken,
-                            lr=config.fit.lr * self.fit.lr_scale,
+                            lr=self.fit.lr,
                             **dataclasses.asdict(result),
                         )
                     )
                 live.step(self.record.steps[-1] if self.record.steps else None, self._memory())
                 self.phase("training")
-                due = taken % config.eval_every == 0 or taken == config.steps
+                due = taken >= next_evaluation or taken == config.steps
                 if not due and not broken:
                     continue
                 if broken:
@@ -227,6 +231,7 @@ class _Run:
                     self.record.final, self.record.assessment = evaluation, assessment
                     self._note(taken, evaluation, assessment, decision, reasons)
                     live.evaluated(self.record.evals[-1], assessment)
+                    next_evaluation = taken + (CONFIRM_AFTER if assessment.green else config.eval_every)
                     self.phase("evaluation")
                 if decision == "green" and config.until_green:
                     return "green", f"every spec was green in two evaluations in a row, the last after step {taken}"

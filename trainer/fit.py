@@ -30,10 +30,15 @@ class FitError(ArithmeticError):
 class FitConfig:
     """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
 
-    lr: float = 1e-4
+    lr: float = 4e-4
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
+    anneal_below: float = 0.5
+    """Target loss (nats a token, running mean) below which the learning rate shrinks in proportion: what is learnt needs
+    no more large steps, and the drift of small ones is taken back by the KL terms."""
+    anneal_floor: float = 0.2
+    """Smallest share of ``lr`` that annealing leaves."""
     target_rows: int = 12
     contrast_rows: int = 24
     replay_rows: int = 8
@@ -76,6 +81,8 @@ class Fit:
             candidate.masters.values(), lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True
         )
         self.lr_scale = 1.0
+        """Set by whoever steps back: a factor on the learning rate."""
+        self._target_mean: float | None = None
         self.steps = 0
         self._kl_rows: dict[RowKind, list[int]] = {
             kind: [i for i, row in enumerate(traces.rows) if row.kind == kind] for kind in ("contrast", "replay")
@@ -111,8 +118,9 @@ class Fit:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FitError(f"step {self.steps + 1}: loss {loss}, gradient norm {norm}")
         self.steps += 1
+        self._target_mean = target if self._target_mean is None else 0.5 * self._target_mean + 0.5 * target
         for group in self._optimiser.param_groups:
-            group["lr"] = config.lr * self.lr_scale * min(1.0, self.steps / max(1, config.warmup))
+            group["lr"] = self.lr
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         self.candidate.refresh()
@@ -124,6 +132,14 @@ class Fit:
             gradient_norm=norm,
             seconds=time.monotonic() - started,
         )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step last counted."""
+        config = self.config
+        warm = min(1.0, self.steps / max(1, config.warmup))
+        left = 1.0 if self._target_mean is None else self._target_mean / config.anneal_below
+        return config.lr * self.lr_scale * warm * min(1.0, max(config.anneal_floor, left))
 
     def _accumulate(
         self, rows: Sequence[Row], chosen: list[int], total: Callable[[Any], Tensor], weight: float

@@ -148,7 +148,10 @@ def _decode(lm: LanguageModel, prompts: list[list[int]], limit: int) -> list[_Ra
     for step in range(limit):
         logits = _last_logits(lm, ids, mask, positions, cache)
         best = logits.topk(2, dim=-1)
-        tokens, margins = best.indices[:, 0], best.values[:, 0] - best.values[:, 1]
+        values = best.values.float()
+        if not bool(torch.isfinite(values).all()):  # topk puts NaN and infinity first: two values speak for the row
+            raise NonFiniteError(f"{lm.path}: non-finite logits while decoding; the weights are broken")
+        tokens, margins = best.indices[:, 0], values[:, 0] - values[:, 1]
         ended = torch.isin(tokens, stops).tolist()
         for slot, token, margin, end in zip(alive, tokens.tolist(), margins.tolist(), ended, strict=True):
             if raws[slot].stopped:
@@ -173,12 +176,10 @@ def _decode(lm: LanguageModel, prompts: list[list[int]], limit: int) -> list[_Ra
 
 
 def _last_logits(lm: LanguageModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-    """float32 logits [batch, vocabulary] of the last position; raises NonFiniteError."""
+    """Logits [batch, vocabulary] of the last position, in the model's dtype."""
     body, head = lm.module.get_submodule("model"), lm.module.get_submodule("lm_head")
     hidden = body(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).last_hidden_state[:, -1]
-    logits: Tensor = head(hidden).float()
-    if not bool(torch.isfinite(logits).all()):
-        raise NonFiniteError(f"{lm.path}: non-finite logits while decoding; the weights are broken")
+    logits: Tensor = head(hidden)
     return logits
