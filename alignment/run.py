@@ -43,7 +43,6 @@ from trainer.model import Template, folder_sha256, load
 from trainer.nvfp4 import Rule
 from trainer.objective import BaseTraces
 
-
 CONFIRM_AFTER = 2
 """Steps between a green evaluation and the one that confirms it: a pass that two small steps undo was none."""
 
@@ -182,12 +181,18 @@ class _Run:
         with view.progress("base replies to the suite") as progress:
             self.evaluator = Evaluator(base, self.suite, template=config.template, cache=cache, progress=progress)
         with view.progress("base replies to contrast and replay prompts") as progress:
-            rows = base_rows(base, self.data, config.template, cache, suite=self.suite, seed=config.seed, progress=progress)
+            rows = base_rows(
+                base, self.data, config.template, cache, suite=self.suite, seed=config.seed, progress=progress
+            )
         traces = BaseTraces(base, rows)
         self.candidate = Candidate(lm, rule=config.rule, seed=config.seed, dither=config.dither)
         self.candidate.refresh()
         self.fit = Fit(
-            self.candidate, target_rows(lm, self.data, config.template, self.suite), traces, config.fit, seed=config.seed
+            self.candidate,
+            target_rows(lm, self.data, config.template, self.suite),
+            traces,
+            config.fit,
+            seed=config.seed,
         )
         self.phase("base replies")
 

@@ -35,8 +35,8 @@ class FitConfig:
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
     anneal_below: float = 0.5
-    """Target loss (nats a token, running mean) below which the learning rate shrinks in proportion: what is learnt needs
-    no more large steps, and the drift of small ones is taken back by the KL terms."""
+    """Target loss (nats a token, running mean) below which the learning rate shrinks in proportion: what is learnt
+    needs no more large steps, and the drift of small ones is taken back by the KL terms."""
     anneal_floor: float = 0.2
     """Smallest share of ``lr`` that annealing leaves."""
     target_rows: int = 12
