@@ -82,8 +82,11 @@ class Evaluation:
 
     @property
     def drift(self) -> float:
-        """Mean over preserve and general cases of KL(base || candidate) per token, nats (0 when there are none)."""
-        values = [o.drift for o in self.outcomes if o.drift is not None]
+        """Mean KL(base || candidate) per token, nats, over the preserve and general cases that the base passes (0: none).
+
+        Where the base itself fails there is nothing to keep: far from nonsense is not harm.
+        """
+        values = [o.drift for o in self.outcomes if o.drift is not None and o.base_passed]
         return sum(values) / len(values) if values else 0.0
 
     @property

@@ -35,7 +35,7 @@ COLLAPSE_BOUND = 1.0
 GREENS_IN_A_ROW = 2
 GENERAL_LOSS = 0.03
 """Share of a general suite's cases by which lost may exceed gained."""
-PATIENCE = 3
+PATIENCE = 4
 """Harmed evaluations in a row, with a drift that does not fall, after which a run steps back."""
 
 
