@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.gate import EXIT_CODES, USAGE_ERROR
+from trainer import host
 from alignment.show import harmless
 
 app = typer.Typer(
@@ -173,6 +174,7 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 def main() -> None:
     """Entry point: runs the command, turns a user's mistake into one line and exit code 2."""
+    host.prepare()
     try:
         app()
     except Exception as error:

@@ -26,7 +26,7 @@ class FitError(ArithmeticError):
     """A loss or gradient that is not finite; the step was not taken."""
 
 
-MICRO_TOKENS = {"cpu": 512, "cuda": 16384}
+MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
 """A CPU is as fast on small batches, and rows of like length then waste a third less on padding; a GPU wants large ones."""
 
 

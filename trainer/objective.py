@@ -17,6 +17,11 @@ from trainer.generate import prefix_cache
 from trainer.model import LanguageModel
 
 
+LOGIT_ROWS = 128
+"""Positions whose logits are computed at a time. Whole, they are the largest tensors of a step (vocabulary x 4 bytes x
+positions), which a CPU's allocator maps and unmaps anew for each of a dozen operations."""
+
+
 def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
     """Last hidden states [targets, features] at the positions that predict the batch's targets."""
     body, shared = lm.module.get_submodule("model"), batch.shared
@@ -42,8 +47,11 @@ def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
 
 def cross_entropy(lm: LanguageModel, batch: Batch) -> Tensor:
     """Sum over the batch's targets of -log p(target), nats, float32 scalar."""
-    logits = lm.module.get_submodule("lm_head")(hidden_at(lm, batch)).float()
-    return F.cross_entropy(logits, batch.targets, reduction="sum")
+    head, hidden = lm.module.get_submodule("lm_head"), hidden_at(lm, batch)
+    parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
+    return torch.stack(
+        [F.cross_entropy(head(part).float(), targets, reduction="sum") for part, targets in parts]
+    ).sum()
 
 
 def kl(base_logits: Tensor, logits: Tensor) -> Tensor:
@@ -66,14 +74,16 @@ class BaseTraces:
             for index, state in zip(batch.rows, torch.split(hidden_at(base, batch), sizes), strict=True):
                 self.states[index] = state.clone()
 
-    def logits(self, batch: Batch) -> Tensor:
-        """The base's logits [targets, vocabulary] for a batch of its rows."""
-        with torch.no_grad():
-            return F.linear(torch.cat([self.states[i] for i in batch.rows]), self.head)
-
     def kl(self, lm: LanguageModel, batch: Batch) -> Tensor:
         """KL(base || lm) at each target of the batch: [targets] nats, differentiable in ``lm``."""
-        return kl(self.logits(batch), lm.module.get_submodule("lm_head")(hidden_at(lm, batch)))
+        head, hidden = lm.module.get_submodule("lm_head"), hidden_at(lm, batch)
+        states = torch.cat([self.states[i] for i in batch.rows])
+        parts = zip(states.split(LOGIT_ROWS), hidden.split(LOGIT_ROWS), strict=True)
+        return torch.cat([kl(self._logits(state), head(part)) for state, part in parts])
+
+    @torch.no_grad()
+    def _logits(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.head)
 
     @torch.no_grad()
     def drift(self, lm: LanguageModel, wanted: Sequence[int], *, batch_tokens: int = 4096) -> dict[int, float]:
