@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.gate import EXIT_CODES, USAGE_ERROR
-from trainer import host
 from alignment.show import harmless
+from trainer import host
 
 app = typer.Typer(
     name="align",

@@ -82,7 +82,7 @@ class Evaluation:
 
     @property
     def drift(self) -> float:
-        """Mean KL(base || candidate) per token, nats, over the preserve and general cases that the base passes (0: none).
+        """Mean KL(base || candidate) per token, nats, over preserve and general cases the base passes (0: none).
 
         Where the base itself fails there is nothing to keep: far from nonsense is not harm.
         """

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,16 @@ from torch import Tensor
 
 from trainer.candidate import Candidate
 from trainer.examples import Row, RowKind, Sampler, batches
-from trainer.objective import BaseTraces, cross_entropy
+from trainer.objective import BaseTraces, mixed
 
 
 class FitError(ArithmeticError):
     """A loss or gradient that is not finite; the step was not taken."""
 
 
-MICRO_TOKENS = {"cpu": 768, "cuda": 16384}
-"""A CPU is as fast on small batches, and rows of like length then waste a third less on padding; a GPU wants large ones."""
+MICRO_TOKENS = 1800
+"""Padded tokens of one forward pass. Every pass writes a gradient of the size of the model, and every batch pads to its
+longest row: a default step makes two or three passes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class FitConfig:
     replay_weight: float = 2.0
     grad_clip: float = 1.0
     micro_tokens: int = 0
-    """Padded tokens of one forward pass; more rows are accumulated. 0: by device (``MICRO_TOKENS``)."""
+    """Padded tokens of one forward pass; more rows are accumulated. 0: ``MICRO_TOKENS``."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "grad_clip"):
@@ -100,24 +102,28 @@ class Fit:
         """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
-        target = self._accumulate(
-            self.targets,
-            self._samplers["target"].take(config.target_rows),
-            lambda batch: cross_entropy(lm, batch),
-            1.0,
-        )
-        kls: dict[str, float] = {}
-        for kind, count, weight in (
-            ("contrast", config.contrast_rows, config.contrast_weight),
-            ("replay", config.replay_rows, config.replay_weight),
-        ):
-            chosen = [self._kl_rows[kind][i] for i in self._samplers[kind].take(count)]  # type: ignore[index]
-            kls[kind] = self._accumulate(
-                self.traces.rows, chosen, lambda batch: self.traces.kl(lm, batch).sum(), weight
-            )
+        first = len(self.targets)
+        rows = [*self.targets, *self.traces.rows]
+        chosen = self._samplers["target"].take(config.target_rows)
+        for kind, count in (("contrast", config.contrast_rows), ("replay", config.replay_rows)):
+            chosen += [first + self._kl_rows[kind][i] for i in self._samplers[kind].take(count)]  # type: ignore[index]
+        chosen = [i for i in chosen if rows[i].completion_ids]
+        tokens: Counter[RowKind] = Counter()
+        for i in chosen:
+            tokens[rows[i].kind] += len(rows[i].completion_ids)
+        weights = {"target": 1.0, "contrast": config.contrast_weight, "replay": config.replay_weight}
+        means: dict[str, float] = dict.fromkeys(weights, 0.0)
+        limit = config.micro_tokens or MICRO_TOKENS
+        for batch in batches(rows, chosen, lm.pad_id, lm.device, limit):
+            sums = mixed(lm, rows, batch, self.traces, first)
+            parts = {kind: value / tokens[kind] for kind, value in sums.items()}
+            torch.stack([weights[kind] * value for kind, value in parts.items()]).sum().backward()  # type: ignore[no-untyped-call]
+            for kind, value in parts.items():
+                means[kind] += float(value.detach())
         self.candidate.gather_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.candidate.masters.values(), config.grad_clip, foreach=True))
-        loss = target + config.contrast_weight * kls["contrast"] + config.replay_weight * kls["replay"]
+        loss = sum(weights[kind] * mean for kind, mean in means.items())
+        target = means["target"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FitError(f"step {self.steps + 1}: loss {loss}, gradient norm {norm}")
         self.steps += 1
@@ -130,8 +136,8 @@ class Fit:
         return StepResult(
             loss=loss,
             target=target,
-            contrast=kls["contrast"],
-            replay=kls["replay"],
+            contrast=means["contrast"],
+            replay=means["replay"],
             gradient_norm=norm,
             seconds=time.monotonic() - started,
         )
@@ -143,21 +149,6 @@ class Fit:
         warm = min(1.0, self.steps / max(1, config.warmup))
         left = 1.0 if self._target_mean is None else self._target_mean / config.anneal_below
         return config.lr * self.lr_scale * warm * min(1.0, max(config.anneal_floor, left))
-
-    def _accumulate(
-        self, rows: Sequence[Row], chosen: list[int], total: Callable[[Any], Tensor], weight: float
-    ) -> float:
-        """Backward of weight x mean loss a completion token over the chosen rows. Returns that mean, 0 without rows."""
-        chosen = [i for i in chosen if rows[i].completion_ids]
-        tokens = sum(len(rows[i].completion_ids) for i in chosen)
-        lm, mean = self.candidate.lm, 0.0
-        limit = self.config.micro_tokens or MICRO_TOKENS.get(lm.device.type, 4096)
-        for batch in batches(rows, chosen, lm.pad_id, lm.device, limit):
-            loss = total(batch) / tokens
-            if weight:
-                (loss * weight).backward()  # type: ignore[no-untyped-call]
-            mean += float(loss.detach())
-        return mean
 
     def snapshot(self) -> dict[str, Any]:
         """Copies of the masters and the optimiser's state."""

@@ -1,7 +1,8 @@
 """A setting of the process that a CPU trains faster with. Call ``prepare`` before torch is imported.
 
-Measured on two cores, a forward and backward pass of 24 rows of SmolLM2: 1.25 s without, 1.08 s with it. (Threads that wait
-awake, OMP_WAIT_POLICY=active, gained as much again there and lost it in generation, where they stand in each other's way.)
+Measured on two cores, a forward and backward pass of 24 rows of SmolLM2: 1.25 s without, 1.08 s with it. (Threads that
+wait awake, OMP_WAIT_POLICY=active, gained as much again there and lost it in generation, where they stand in each
+other's way.)
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 def prepare() -> None:
     """Keep freed memory in the process.
 
-    A training step frees and takes the same hundreds of buffers again; given back to the kernel, each comes back as page
-    faults. Without glibc nothing is done.
+    A training step frees and takes the same hundreds of buffers again; given back to the kernel, each comes back as
+    page faults. Without glibc nothing is done.
     """
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.examples import Batch, Row, batches
+from trainer.examples import Batch, Row, RowKind, batches
 from trainer.generate import prefix_cache
 from trainer.model import LanguageModel
-
 
 LOGIT_ROWS = 128
 """Positions whose logits are computed at a time. Whole, they are the largest tensors of a step (vocabulary x 4 bytes x
@@ -49,9 +48,7 @@ def cross_entropy(lm: LanguageModel, batch: Batch) -> Tensor:
     """Sum over the batch's targets of -log p(target), nats, float32 scalar."""
     head, hidden = lm.module.get_submodule("lm_head"), hidden_at(lm, batch)
     parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
-    return torch.stack(
-        [F.cross_entropy(head(part).float(), targets, reduction="sum") for part, targets in parts]
-    ).sum()
+    return torch.stack([F.cross_entropy(head(part).float(), targets, reduction="sum") for part, targets in parts]).sum()
 
 
 def kl(base_logits: Tensor, logits: Tensor) -> Tensor:
@@ -82,6 +79,11 @@ class BaseTraces:
         return torch.cat([kl(self._logits(state), head(part)) for state, part in parts])
 
     @torch.no_grad()
+    def logits(self, indices: Sequence[int]) -> Tensor:
+        """The base's logits at the completions of the given rows, one after the other: [tokens, vocabulary]."""
+        return self._logits(torch.cat([self.states[i] for i in indices]))
+
+    @torch.no_grad()
     def _logits(self, states: Tensor) -> Tensor:
         return F.linear(states, self.head)
 
@@ -95,3 +97,24 @@ class BaseTraces:
             for index, values in zip(batch.rows, torch.split(self.kl(lm, batch), sizes), strict=True):
                 drifts[index] = float(values.mean())
         return drifts
+
+
+def mixed(
+    lm: LanguageModel, rows: Sequence[Row], batch: Batch, traces: BaseTraces, first: int
+) -> dict[RowKind, Tensor]:
+    """Sums over a batch's tokens by kind of row, nats: cross-entropy for target rows, KL(base || lm) for the others.
+
+    ``rows``: target rows, then from index ``first`` on the rows of ``traces``. One forward pass and one pair of output
+    layers serve all kinds: every backward pass writes a gradient of the size of the model, so a step should hold few.
+    """
+    logits = lm.module.get_submodule("lm_head")(hidden_at(lm, batch))
+    held = [i - first for i in batch.rows if i >= first]
+    base = iter(traces.logits(held).split([len(traces.states[i]) for i in held]) if held else ())
+    sizes = [len(rows[i].completion_ids) for i in batch.rows]
+    sums: dict[RowKind, list[Tensor]] = {}
+    for index, own, targets in zip(batch.rows, logits.split(sizes), batch.targets.split(sizes), strict=True):
+        # row by row: what is computed in float32 then fits a CPU's cache
+        asked = index < first
+        value = F.cross_entropy(own.float(), targets, reduction="sum") if asked else kl(next(base), own).sum()
+        sums.setdefault(rows[index].kind, []).append(value)
+    return {kind: torch.stack(values).sum() for kind, values in sums.items()}
