@@ -47,7 +47,7 @@ def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
 def cross_entropy(lm: LanguageModel, batch: Batch) -> Tensor:
     """Sum over the batch's targets of -log p(target), nats, float32 scalar."""
     head, hidden = lm.module.get_submodule("lm_head"), hidden_at(lm, batch)
-    parts = zip(hidden.split(LOGIT_ROWS), batch.targets.split(LOGIT_ROWS), strict=True)
+    parts = zip(torch.split(hidden, LOGIT_ROWS), torch.split(batch.targets, LOGIT_ROWS), strict=True)
     return torch.stack([F.cross_entropy(head(part).float(), targets, reduction="sum") for part, targets in parts]).sum()
 
 
@@ -75,7 +75,7 @@ class BaseTraces:
         """KL(base || lm) at each target of the batch: [targets] nats, differentiable in ``lm``."""
         head, hidden = lm.module.get_submodule("lm_head"), hidden_at(lm, batch)
         states = torch.cat([self.states[i] for i in batch.rows])
-        parts = zip(states.split(LOGIT_ROWS), hidden.split(LOGIT_ROWS), strict=True)
+        parts = zip(torch.split(states, LOGIT_ROWS), torch.split(hidden, LOGIT_ROWS), strict=True)
         return torch.cat([kl(self._logits(state), head(part)) for state, part in parts])
 
     @torch.no_grad()
@@ -109,10 +109,12 @@ def mixed(
     """
     logits = lm.module.get_submodule("lm_head")(hidden_at(lm, batch))
     held = [i - first for i in batch.rows if i >= first]
-    base = iter(traces.logits(held).split([len(traces.states[i]) for i in held]) if held else ())
+    base = iter(torch.split(traces.logits(held), [len(traces.states[i]) for i in held]) if held else ())
     sizes = [len(rows[i].completion_ids) for i in batch.rows]
     sums: dict[RowKind, list[Tensor]] = {}
-    for index, own, targets in zip(batch.rows, logits.split(sizes), batch.targets.split(sizes), strict=True):
+    for index, own, targets in zip(
+        batch.rows, torch.split(logits, sizes), torch.split(batch.targets, sizes), strict=True
+    ):
         # row by row: what is computed in float32 then fits a CPU's cache
         asked = index < first
         value = F.cross_entropy(own.float(), targets, reduction="sum") if asked else kl(next(base), own).sum()
