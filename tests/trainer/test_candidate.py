@@ -1,0 +1,132 @@
+"""The candidate shows what it would ship: view, file and gradient, on a tiny random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.candidate import Candidate, changed_groups
+from trainer.examples import Row, batches, collate
+from trainer.fit import Fit, FitConfig
+from trainer.model import LanguageModel, load
+from trainer.nvfp4 import dequantise, fake_quantise_, quantise
+from trainer.objective import BaseTraces, cross_entropy, mixed
+
+
+def row(lm: LanguageModel, kind: str, prompt: str, reply: str) -> Row:
+    return Row(
+        kind=kind,  # type: ignore[arg-type]
+        prompt=prompt,
+        prompt_ids=tuple(lm.encode(prompt)),
+        completion_ids=tuple(lm.encode(reply)),
+    )
+
+
+@pytest.fixture
+def lm(tiny_model: Path) -> LanguageModel:
+    return load(tiny_model / "base.dat", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dither", [0.0, 0.5, 0.9])
+def test_an_untrained_candidate_is_the_base(lm: LanguageModel, tiny_model: Path, tmp_path: Path, dither: float) -> None:
+    before = {name: value.detach().clone() for name, value in lm.module.named_parameters()}
+    candidate = Candidate(lm, seed=3, dither=dither)
+    candidate.refresh()
+    for name, value in lm.module.named_parameters():
+        assert torch.equal(value, before[name]), name
+    candidate.export(tmp_path / "x.dat")
+    assert (tmp_path / "x.dat").read_bytes() == (tiny_model / "base.dat").read_bytes()
+
+
+def test_dither_moves_masters_but_not_codes_and_follows_its_seed(tiny_model: Path) -> None:
+    first, second, other = (
+        Candidate(load(tiny_model / "base.dat", dtype=torch.float32), seed=seed).masters["lm_head.weight"]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_what_is_evaluated_is_what_is_written(lm: LanguageModel, tiny_model: Path, tmp_path: Path) -> None:
+    candidate = Candidate(lm, seed=0)
+    with torch.no_grad():
+        for master in candidate.masters.values():
+            master += 0.05 * torch.randn(master.shape, generator=torch.Generator().manual_seed(5))
+    candidate.refresh()
+    candidate.export(tmp_path / "x.dat")
+    read = dict(load(tmp_path / "x.dat", folder=tiny_model, dtype=torch.float32).module.named_parameters())
+    for name, value in lm.module.named_parameters():
+        assert torch.equal(value, read[name]), name
+    changed = {
+        group["group"]: group["codes_changed"] for group in changed_groups(tiny_model / "base.dat", tmp_path / "x.dat")
+    }
+    assert all(changed.values())
+
+
+def test_a_block_keeps_its_scale_until_it_outgrows_it() -> None:
+    w = 0.02 * torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantise(w)
+    decoded = dequantise(codes, scale, dtype=torch.float32)
+    again = quantise(decoded, keep=scale)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1].view(torch.uint8), scale.view(torch.uint8))
+    decoded[3, 20] = 1.0
+    kept, fresh = quantise(decoded, keep=scale), quantise(decoded)
+    differs = (kept[1].view(torch.uint8) != scale.view(torch.uint8)).nonzero().tolist()
+    assert differs == [[3, 1]]
+    assert kept[1].view(torch.uint8)[3, 1] == fresh[1].view(torch.uint8)[3, 1]
+    view = torch.empty_like(decoded)
+    fake_quantise_(decoded, view, keep=scale)
+    assert torch.equal(view, dequantise(*kept, dtype=torch.float32))
+
+
+def test_mixed_gives_what_the_kinds_give_alone(lm: LanguageModel, tiny_model: Path) -> None:
+    base = load(tiny_model / "base.dat", dtype=torch.float32)
+    held = [row(base, "contrast", "who am i", "you"), row(base, "replay", "what is a ufo then", "a thing")]
+    targets = [row(base, "target", "who are you", "I am F#")]
+    traces = BaseTraces(base, held)
+    with torch.no_grad():
+        lm.module.get_parameter("lm_head.weight").mul_(1.5)
+        rows = [*targets, *held]
+        batch = collate(rows, [0, 1, 2], base.pad_id, base.device)
+        sums = mixed(lm, rows, batch, traces, 1)
+        alone = cross_entropy(lm, collate(targets, [0], base.pad_id, base.device))
+        drift = traces.drift(lm, [0, 1])
+        same = traces.drift(base, [0, 1])
+    assert same == pytest.approx({0: 0.0, 1: 0.0}, abs=1e-6)
+    assert sums["target"] == pytest.approx(float(alone), rel=1e-5)
+    assert sums["contrast"] == pytest.approx(drift[0] * len(held[0].completion_ids), rel=1e-4)
+    assert sums["replay"] == pytest.approx(drift[1] * len(held[1].completion_ids), rel=1e-4)
+    assert drift[0] > 0.001
+
+
+def test_batches_hold_every_row_once_within_the_limit(lm: LanguageModel) -> None:
+    rows = [row(lm, "target", "x" * n, "ab") for n in (3, 40, 7, 20, 5)]
+    made = list(batches(rows, range(5), lm.pad_id, lm.device, 40))
+    assert sorted(i for batch in made for i in batch.rows) == [0, 1, 2, 3, 4]
+    assert all(batch.ids.numel() <= 40 or len(batch.rows) == 1 for batch in made)
+
+
+def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageModel, tiny_model: Path) -> None:
+    base = load(tiny_model / "base.dat", dtype=torch.float32)
+    traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi")])
+    candidate = Candidate(lm, seed=0)
+    candidate.refresh()
+    fit = Fit(candidate, [row(base, "target", "who are you", "F#")], traces, FitConfig(lr=3e-3, warmup=1), seed=0)
+    start = fit.snapshot()
+    before = {name: value.detach().clone() for name, value in lm.module.named_parameters()}
+    losses = [fit.step().target for _ in range(12)]
+    assert losses[-1] < 0.5 * losses[0]
+    fit.restore(start)
+    assert fit.steps == 0
+    for name, value in lm.module.named_parameters():
+        assert torch.equal(value, before[name]), name
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="lr must be a positive number"):
+        FitConfig(lr=float("nan"))
+    with pytest.raises(ValueError, match="target_rows"):
+        FitConfig(target_rows=0)
