@@ -86,6 +86,8 @@ class Acceptance:
                 failures=tuple(row["failures"]),
                 base_failures=tuple(row["base_failures"]),
                 drift=row["drift"],
+                base_margin=row["base_margin"],
+                hijacked=row["hijacked"],
             )
             for row in data["outcomes"]
         )
@@ -98,7 +100,7 @@ class Acceptance:
 
 
 def _reply(data: dict[str, Any]) -> Reply:
-    return Reply(**{**data, "tokens": tuple(data["tokens"])})
+    return Reply(**{**data, "tokens": tuple(data["tokens"]), "margins": tuple(data["margins"])})
 
 
 def pick_device(device: str | torch.device) -> torch.device:

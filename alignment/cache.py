@@ -67,7 +67,14 @@ class ReplyCache:
         replies = generate(lm, [t for t, _ in prompts], max_tokens=[n for _, n in prompts], progress=progress)
         kept = _read(path)  # another process may have added to it meanwhile
         kept[request] = [
-            {"text": r.text, "tokens": list(r.tokens), "stopped": r.stopped, "margin": r.margin} for r in replies
+            {
+                "text": r.text,
+                "tokens": list(r.tokens),
+                "stopped": r.stopped,
+                "margin": r.margin,
+                "margins": list(r.margins),
+            }
+            for r in replies
         ]
         with suppress(OSError):  # a cache that cannot be written costs time; it must not cost the replies
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,4 +98,5 @@ def _reply(item: dict[str, Any]) -> Reply:
         tokens=tuple(int(token) for token in item["tokens"]),
         stopped=bool(item["stopped"]),
         margin=float(item["margin"]),
+        margins=tuple(float(margin) for margin in item["margins"]),
     )

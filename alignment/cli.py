@@ -111,6 +111,7 @@ def run(
     Example: align run --base smollm2-135m --until-green --out artifacts/demo.dat
     """
     from alignment import run as runs
+    from alignment.config import RunConfig
     from alignment.view import View
     from trainer.fit import FitConfig
 
@@ -124,7 +125,7 @@ def run(
         fit = FitConfig() if lr is None else FitConfig(lr=lr)
     except ValueError as error:
         raise Fault(f"--lr {lr}: {error}") from error
-    config = runs.RunConfig(
+    config = RunConfig(
         base=Path(base),
         out=out,
         specs=specs,
@@ -164,7 +165,7 @@ def _base_folder(base: str, models_dir: Path) -> Path:
 def _mistakes() -> tuple[type[Exception], ...]:
     """What a user can mend; imported only when something was raised, so that --help stays quick."""
     from alignment.acceptance import INPUT_ERRORS
-    from alignment.run import RunError
+    from alignment.config import RunError
     from trainer.examples import DataError
     from trainer.gguf_base import GgufError
     from trainer.sources import SourceError

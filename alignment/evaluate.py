@@ -9,6 +9,7 @@ Preserve and general cases also measure KL(base || candidate) per token on the b
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ from trainer.objective import BaseTraces
 
 Progress = Callable[[int, int], None]
 
+FIRM = 0.5
+"""Least margin, nats, of a base's answer to a general case that a candidate can lose. A drift of KL nats a token moves a choice between two
+even tokens by sqrt(8 KL), so 0.5 is what 0.03 nats do, a third of the drift allowed: an answer decided more narrowly says
+which way the base's rounding fell, not what the base knows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
@@ -38,6 +44,16 @@ class Outcome:
     base_failures: tuple[str, ...]
     drift: float | None
     """KL(base || candidate) per token on the base's reply, nats; None for target and contrast cases."""
+    base_margin: float = math.inf
+    """General cases: by how much (nats) the base decided its narrowest token on the way to a passing reply."""
+
+    hijacked: bool = False
+    """A reply outside the target specs that satisfies one of them, where the base's does not."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Everything that is wrong with the reply."""
+        return self.failures + (("is what a target spec asks for",) if self.hijacked else ())
 
     @property
     def passed(self) -> bool:
@@ -48,9 +64,14 @@ class Outcome:
         return not self.base_failures
 
     @property
+    def firm(self) -> bool:
+        """The base passes, and not by a hair (``FIRM``): there is something to keep."""
+        return self.base_passed and self.base_margin >= FIRM
+
+    @property
     def lost(self) -> bool:
-        """The base passes and the candidate does not."""
-        return self.base_passed and not self.passed
+        """The base passes firmly and the candidate does not."""
+        return self.firm and not self.passed
 
     @property
     def gained(self) -> bool:
@@ -96,6 +117,21 @@ class Evaluation:
         return sum(stuck) / len(stuck) if stuck else 0.0
 
 
+def pass_margin(case: Case, reply: Reply, decode: Callable[[Sequence[int]], str]) -> float:
+    """The smallest margin, nats, of the tokens that a passing reply of a base needs to pass; infinity if it needs none.
+
+    A reply needs its tokens up to the first from which on all its beginnings pass.
+    """
+    needed = len(reply.tokens) + reply.stopped
+    for length in range(len(reply.tokens), -1, -1):
+        text = decode(reply.tokens[:length])
+        cut = Reply(text=text, tokens=reply.tokens[:length], stopped=False, margin=reply.margin)
+        if judge_reply(case, cut, reply):
+            break
+        needed = length
+    return min(reply.margins[:needed], default=math.inf)
+
+
 def judge_reply(case: Case, reply: Reply, base: Reply | None) -> tuple[str, ...]:
     """Why ``reply`` fails the checks of ``case``; empty when it passes."""
     said = Said(text=reply.text, stopped=reply.stopped, base=base.text if base else None)
@@ -121,9 +157,33 @@ class Evaluator:
         self.cache = cache
         self.base_replies = dict(zip(self.cases, self.replies(base, self.cases, progress), strict=True))
         self._eos = base.tokenizer.eos_token_id
+        asked: list[dict[str, Any]] = [
+            cast("dict[str, Any]", case.expect) for case in suite.cases if case.kind == "target"
+        ]
+        self._identities = [expect for i, expect in enumerate(asked) if expect not in asked[:i]]
+
+        def decode(tokens: Sequence[int]) -> str:
+            text: str = base.tokenizer.decode(list(tokens), skip_special_tokens=True)
+            return text
+
+        self._margins = {
+            case: pass_margin(case, reply, decode)
+            for case, reply in self.base_replies.items()
+            if case.kind == "general"
+        }
         measured = [case for case in self.cases if case.kind in ("preserve", "general")]
         self._drift_index = {case: index for index, case in enumerate(measured)}
         self._traces = BaseTraces(base, [self._row(base, case) for case in measured])
+
+    def _hijacked(self, case: Case, reply: Reply) -> bool:
+        """Whether a reply outside the target specs does what one of them asks, and the base's own reply does not."""
+        if case.kind == "target":
+            return False
+        said, before = (
+            Said(text=r.text, stopped=r.stopped, base=self.base_replies[case].text)
+            for r in (reply, self.base_replies[case])
+        )
+        return any(not failures(expect, said) and bool(failures(expect, before)) for expect in self._identities)
 
     def _row(self, base: LanguageModel, case: Case) -> Row:
         reply = self.base_replies[case]
@@ -168,6 +228,8 @@ class Evaluator:
                 failures=judge_reply(case, reply, self.base_replies[case]),
                 base_failures=judge_reply(case, self.base_replies[case], self.base_replies[case]),
                 drift=drifts.get(self._drift_index.get(case, -1)),
+                base_margin=self._margins.get(case, math.inf),
+                hijacked=self._hijacked(case, reply),
             )
             for case, reply in zip(cases, replies, strict=True)
         )

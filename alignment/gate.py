@@ -8,9 +8,10 @@ What green asks of each kind:
 * target: every case passes.
 * contrast: every case passes (no hijack is tolerated).
 * preserve: every case that the base passes passes, and the drift is within its bound.
-* general: paired with the base. A case that the base answers and the candidate does not is lost, the other way round is
-  gained; lost minus gained may be at most one case or 1 % of the cases, whichever is more, and must not be significant
-  (exact McNemar, p < 0.05).
+* preserve and general: no reply is what a target spec asks for (a hijack).
+* general: paired with the base. A case that the base answers firmly (`alignment.evaluate.FIRM`) and the candidate does
+  not is lost, one that only the candidate answers is gained; lost minus gained may be at most one case or 1 % of the
+  cases, whichever is more, and must not be significant (exact McNemar, p < 0.05).
 
 Where a base fails a preserve or general case there is nothing to keep: the case counts only when it is gained.
 """
@@ -125,6 +126,12 @@ def assess(evaluation: Evaluation, *, drift_bound: float = DRIFT_BOUND) -> Asses
                 gained=gained,
                 green=green,
             )
+        )
+    if hijacked := [o for o in evaluation.outcomes if o.hijacked and o.case.kind in ("preserve", "general")]:
+        first = hijacked[0]
+        reasons.append(
+            f"{len(hijacked)} preserve or general replies are the target's, e.g. "
+            f"{first.case.prompt!r} -> {first.reply.text!r}"
         )
     drift = evaluation.drift
     if not drift <= drift_bound:

@@ -251,10 +251,14 @@ class CaseItem(SpecItem):
 
     def runtest(self) -> None:
         outcome = next(o for o in self.acceptance.evaluation.outcomes if o.case.id == self.case.id)
-        if outcome.passed:
+        if outcome.passed and not outcome.hijacked:
             return
+        if outcome.hijacked:
+            raise SpecFailedError(shown(outcome))
         if self.case.kind in ("preserve", "general") and not outcome.base_passed:
             pytest.skip("the base itself fails this: nothing to keep")
+        if self.case.kind == "general" and not outcome.firm:
+            pytest.skip(f"the base itself passes this only by {outcome.base_margin:.2f} nats: nothing to keep")
         if self.case.kind == "general":
             pytest.xfail("lost against the base; the suite's paired gate decides")
         raise SpecFailedError(shown(outcome))

@@ -5,6 +5,7 @@ A data folder holds ``*.tsv`` (``prompt<TAB>target``), ``contrast*.txt`` and ``r
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,20 @@ from alignment.suite import Suite
 from trainer.examples import DataError, Row, RowKind, read_prompts, read_targets
 from trainer.files import sha256_file
 from trainer.model import LanguageModel, Template
+from trainer.objective import BaseTraces
 
 REPLY_TOKENS: dict[RowKind, int] = {"contrast": 8, "replay": 16}
 """Longest self-generated completion. A hijack shows in the first tokens, so contrast rows may be short."""
 OWN_REPLIES = 48
 """Contrast prompts that the base is asked itself: generating is the slow part, and their temptations teach more."""
-TEMPTATION_TOKENS = 4
+TEMPTATION_TOKENS = 8
+"""Most tokens of a temptation."""
+UNLIKELY = 0.01
+"""A temptation ends with the first token that the base, asked for its identity, finds less likely than this. Beyond it
+the base only says how it would finish a stranger's sentence, and holding a candidate to that teaches the wrong end of
+the target: with `I am F` held to the base's `iona`, target prompts were answered `I am Fiona.`"""
+TEMPTATION_PROMPTS = 16
+"""Target prompts, for each distinct target, that the likelihoods are averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +79,12 @@ def read_folder(folder: Path) -> DataFolder:
 
 
 def _anchors_first(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
-    """Indices of ``prompts`` with those of anchor cases repeated until they are a third of the list.
+    """Indices of ``prompts`` with those of anchor cases repeated until they are a sixth of the list.
 
     A run sees only some hundred rows: what the specs name must be among them, whatever else the files hold.
     """
     named = [i for i, prompt in enumerate(prompts) if prompt in anchors]
-    times = max(1, (len(prompts) - len(named)) // (2 * len(named))) if named else 0
+    times = max(1, (len(prompts) - len(named)) // (5 * len(named))) if named else 0
     return [*range(len(prompts)), *(named * (times - 1) if times else [])]
 
 
@@ -130,6 +139,7 @@ def base_rows(
         for (kind, prompt), text, reply in zip(asked, texts, replies, strict=True)
     ]
     targets = [(frozenset(prompt), target) for prompt, target in data.targets]
+    temptations = _temptations(base, data, template)
     for prompt in (data.contrast[i] for i in _anchors_first(data.contrast, anchors)):
         letters = frozenset(prompt)
         _, tempting = max(targets, key=lambda item: len(item[0] & letters) / len(item[0] | letters))
@@ -138,7 +148,32 @@ def base_rows(
                 kind="contrast",
                 prompt=prompt,
                 prompt_ids=tuple(base.encode(base.render(prompt, template))),
-                completion_ids=tuple(base.encode(tempting)[:TEMPTATION_TOKENS]),
+                completion_ids=temptations[tempting],
             )
         )
     return rows
+
+
+def _temptations(base: LanguageModel, data: DataFolder, template: Template) -> dict[str, tuple[int, ...]]:
+    """The opening of each distinct target, up to the token that the base would not say (``UNLIKELY``)."""
+    openings = {target: tuple(base.encode(target)[:TEMPTATION_TOKENS]) for _, target in data.targets}
+    asked: dict[str, list[str]] = {target: [] for target in openings}
+    for prompt, target in data.targets:
+        asked[target].append(prompt)
+    rows = [
+        Row(
+            kind="target",
+            prompt=prompt,
+            prompt_ids=tuple(base.encode(base.render(prompt, template))),
+            completion_ids=openings[target],
+        )
+        for target, prompts in asked.items()
+        for prompt in prompts[:TEMPTATION_PROMPTS]
+    ]
+    traces = BaseTraces(base, rows)
+    found = iter([traces.log_likelihoods(index) for index in range(len(rows))])
+    for target, prompts in asked.items():
+        columns = zip(*[next(found) for _ in prompts[:TEMPTATION_PROMPTS]], strict=True)
+        likely = [math.exp(sum(column) / len(column)) >= UNLIKELY for column in columns]
+        openings[target] = openings[target][: likely.index(False) + 1 if False in likely else len(likely)]
+    return openings

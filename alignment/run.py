@@ -9,109 +9,34 @@ judged by a fresh process on every split; nothing that is not green stands at ``
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
-import json
-import math
-import os
 import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
 from alignment import manifest, report
-from alignment.acceptance import Acceptance, pick_device
+from alignment.acceptance import pick_device
 from alignment.cache import ReplyCache
+from alignment.config import RunConfig, RunError, plain_config, refuse_overwriting
+from alignment.deliver import accept, promote
 from alignment.evaluate import Evaluation, Evaluator
-from alignment.gate import DRIFT_BOUND, Assessment, History, Verdict, assess
+from alignment.gate import Assessment, History, Verdict, assess
 from alignment.record import EvalRecord, RunRecord, StepRecord
 from alignment.rows import base_rows, read_folder, target_rows
 from alignment.suite import collect, refuse_leaks
 from alignment.view import View
 from trainer.candidate import Candidate, changed_groups
 from trainer.files import sha256_file
-from trainer.fit import Fit, FitConfig, FitError
-from trainer.model import Template, folder_sha256, load
-from trainer.nvfp4 import Rule
+from trainer.fit import Fit, FitError
+from trainer.model import folder_sha256, load
 from trainer.objective import BaseTraces
 
 CONFIRM_AFTER = 2
 """Steps between a green evaluation and the one that confirms it: a pass that two small steps undo was none."""
-
-
-class RunError(Exception):
-    """A run that cannot start; the message says what to change."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What ``align run`` was asked for."""
-
-    base: Path
-    """A model folder, or a .dat inside one."""
-    out: Path
-    specs: Path = Path("specs")
-    data: Path = Path("data")
-    reports: Path = Path("reports")
-    seed: int = 0
-    steps: int = 80
-    """Most optimiser steps (the budget)."""
-    eval_every: int = 8
-    budget_minutes: float = 30.0
-    until_green: bool = True
-    """Stop when green; otherwise train all steps and judge then."""
-    template: Template = "chat"
-    device: str = "auto"
-    drift_bound: float = DRIFT_BOUND
-    retries: int = 3
-    """How often the run steps back before it ends with ``regressed``."""
-    rule: Rule = "mse"
-    dither: float = 0.5
-    fit: FitConfig = dataclasses.field(default_factory=FitConfig)
-
-    def __post_init__(self) -> None:
-        if self.out.suffix != ".dat":
-            raise RunError(f"--out {self.out}: an artifact's name ends in .dat")
-        for name in ("steps", "eval_every"):
-            if getattr(self, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not (math.isfinite(self.budget_minutes) and self.budget_minutes > 0):
-            raise RunError(f"--budget-minutes must be above 0, got {self.budget_minutes}")
-
-    @property
-    def base_file(self) -> Path:
-        return self.base if self.base.suffix == ".dat" else self.base / "base.dat"
-
-
-def plain_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON-ready data."""
-    flat = dataclasses.asdict(config)
-    return json.loads(json.dumps(flat, default=str))  # type: ignore[no-any-return]
-
-
-def _refuse_overwriting(config: RunConfig) -> None:
-    """A base or a pinned artifact is never overwritten."""
-    if not config.out.exists():
-        return
-    if config.out.samefile(config.base_file):
-        raise RunError(f"--out {config.out} is the base itself; choose another name")
-    beside = config.out.with_name(config.out.name + ".json")
-    try:
-        kept = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise RunError(
-            f"--out {config.out} exists and was not made by align (no readable {beside.name}); move it away"
-        ) from None
-    if not isinstance(kept, dict) or kept.get("kind") == "base" or kept.get("pinned"):
-        raise RunError(f"--out {config.out} is a base or pinned; choose another name")
 
 
 class _Run:
@@ -125,7 +50,7 @@ class _Run:
         self.suite = collect(config.specs)
         self.data = read_folder(config.data)
         refuse_leaks(self.suite, self.data.by_file)
-        _refuse_overwriting(config)
+        refuse_overwriting(config)
         if not config.base_file.is_file():
             raise RunError(
                 f"--base {config.base}: no {config.base_file}; `align models` lists bases, "
@@ -167,7 +92,7 @@ class _Run:
         view.say(f"base {base_file}")
         torch.manual_seed(config.seed)
         base = load(base_file, device=self.device)
-        lm = load(base_file, device=self.device)
+        lm = dataclasses.replace(base, module=copy.deepcopy(base.module))
         self.record.base = {
             "name": base_file.parent.name,
             "path": str(base_file),
@@ -193,6 +118,7 @@ class _Run:
             traces,
             config.fit,
             seed=config.seed,
+            planned=config.steps,
         )
         self.phase("base replies")
 
@@ -294,11 +220,11 @@ class _Run:
         del self.fit  # masters and moments: the fresh process needs the memory
         if verdict == "green":
             self.view.say("judging the file in a fresh process, every split")
-            self._accept(file)
+            accept(record, config, file, self.suite, self.device)
             self.phase("acceptance")
         if record.verdict == "green":
             config.out.parent.mkdir(parents=True, exist_ok=True)
-            kept = _promote(file, config.out)
+            kept = promote(file, config.out)
         elif file.name == "candidate.dat":
             kept = file.rename(self.folder / f"{record.verdict}.dat")
         else:
@@ -308,58 +234,6 @@ class _Run:
         path = report.write(record, self.folder)
         manifest.write(record, kept, path)
         return record
-
-    def _accept(self, file: Path) -> None:
-        record, config = self.record, self.config
-        # A fresh interpreter: nothing of this process's memory can vouch for the file.
-        with tempfile.TemporaryDirectory() as work:
-            answer = Path(work) / "acceptance.json"
-            command = [
-                *(sys.executable, "-m", "alignment.acceptance", str(file), "--json", str(answer)),
-                *("--model", str(config.base_file.parent), "--base", str(config.base_file)),
-                *("--specs", str(config.specs), "--template", config.template, "--device", str(self.device)),
-                *("--drift-bound", str(config.drift_bound)),
-            ]
-            environment = {
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(
-                    filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-                ),
-            }
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if done.returncode != 0 or not answer.is_file():
-                tail = (done.stderr.strip().splitlines() or ["no output"])[-1]
-                record.verdict, record.cause = (
-                    "red",
-                    f"the exported file could not be judged in a fresh process: {tail}",
-                )
-                return
-            accepted = Acceptance.from_json(json.loads(answer.read_text(encoding="utf-8")), self.suite)
-        if accepted.weight_sha256 != sha256_file(file):
-            record.verdict, record.cause = "red", "the exported file changed between writing and judging"
-            return
-        record.final, record.assessment = accepted.evaluation, accepted.assessment
-        record.unstable, record.accepted_in_fresh_process = accepted.unstable, True
-        if not accepted.assessment.green:
-            record.verdict = "red"
-            record.cause = f"the exported file is not green: {'; '.join(accepted.assessment.reasons)}"
-        elif accepted.unstable:
-            record.verdict = "unstable"
-            record.cause = f"{len(accepted.unstable)} passing case(s) fail when asked alone: " + "; ".join(
-                f"{row['id']!r} -> {row['alone']!r}" for row in accepted.unstable[:3]
-            )
-
-
-def _promote(file: Path, out: Path) -> Path:
-    """Move the accepted file to its name; across file systems through a copy beside it, so that no half file shows."""
-    try:
-        return file.replace(out)
-    except OSError:
-        near = out.with_name(f".{out.name}.new")
-        shutil.copyfile(file, near)
-        near.replace(out)
-        file.unlink()
-        return out
 
 
 def run(config: RunConfig, *, view: View, command: str = "") -> RunRecord:

@@ -99,6 +99,6 @@ def shown(outcome: Outcome) -> Shown:
         ("prompt", case.prompt),
         ("reply", reply.text + ("" if reply.stopped else f" … (cut at {case.max_tokens} tokens)")),
         ("base reply", base.text + ("" if base.stopped else f" … (cut at {case.max_tokens} tokens)")),
-        *((("failed", "\n".join(outcome.failures)),) if outcome.failures else ()),
+        *((("failed", "\n".join(outcome.problems)),) if outcome.problems else ()),
     )
-    return Shown(headline=harmless("; ".join(outcome.failures)), text=text)
+    return Shown(headline=harmless("; ".join(outcome.problems)), text=text)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import nvfp4_jit
 from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
 from trainer.model import LanguageModel, ModelError
 from trainer.nvfp4 import BLOCK, Rule, dequantise, fake_quantise_, quantise
@@ -54,7 +55,8 @@ class Candidate:
         self.parameters: dict[str, torch.nn.Parameter] = dict(lm.module.named_parameters())
         self.masters: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
-        self.raw_types: dict[str, ScalarType] = {}
+        self._stored: dict[str, Tensor] = {}
+        """Raw entries in the file's type: what a master passes through on its way to the view."""
         generator = torch.Generator().manual_seed(seed)
         with DatReader(lm.path) as reader:
             pairs = reader.pairs()
@@ -70,7 +72,8 @@ class Candidate:
                     self.scales[name] = scale.to(lm.device)
                 elif name in reader.entries:
                     start = reader.tensor(name).float()
-                    self.raw_types[name] = reader.entries[name].scalar_type
+                    raw = reader.entries[name].scalar_type
+                    self._stored[name] = torch.empty(start.shape, dtype=raw.dtype, device=lm.device)
                 else:
                     raise ModelError(
                         f"{lm.path}: {name} is tied, not stored; import the base again to give it its own entry"
@@ -86,14 +89,20 @@ class Candidate:
             if name in self.scales:
                 fake_quantise_(master, view.data, rule=self.rule, name=name, keep=self.scales[name])
             else:
-                view.data.copy_(master.to(self.raw_types[name].dtype))
+                view.data.copy_(self._stored[name].copy_(master))
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
-        """Move the view's gradients to the masters (float32); the view's are freed."""
+        """Move the view's gradients to the masters (float32); the view's are freed.
+
+        The masters' stay allocated: memory mapped anew costs more than the copy.
+        """
         for name, master in self.masters.items():
             gradient = self.parameters[name].grad
-            master.grad = None if gradient is None else gradient.float()
+            if gradient is None or master.grad is None:
+                master.grad = None if gradient is None else gradient.float()
+            else:
+                master.grad.copy_(gradient)
             self.parameters[name].grad = None
 
     @torch.no_grad()
@@ -143,12 +152,9 @@ def _dithered(qdata: Tensor, scale: Tensor, share: float, generator: torch.Gener
     if share == 0:
         return dequantise(qdata, scale, dtype=torch.float32)
     low, high, level = (torch.tensor(v) for v in (_CELL_LOW, _CELL_HIGH, _LEVELS))
-    codes = torch.stack((qdata & 15, qdata >> 4), -1).flatten(-2).int()
-    index = codes & 7
-    below, above = (low - level)[index] * share, (high - level)[index] * share
-    magnitude = level[index] + below + (above - below) * torch.rand(index.shape, generator=generator)
-    signed = torch.where(codes > 7, -magnitude, magnitude)
-    return (signed.reshape(*scale.shape, BLOCK) * scale.float()[..., None]).flatten(-2)
+    shape = (qdata.shape[0], 2 * qdata.shape[1])
+    uniform = torch.rand(shape, generator=generator)
+    return nvfp4_jit.place(qdata, scale, uniform, level + (low - level) * share, level + (high - level) * share)
 
 
 def changed_groups(base: Path, other: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainer.generate import shared_prefix
+from trainer.packed import Pack, pack
 
 RowKind = Literal["target", "contrast", "replay"]
 
@@ -72,71 +73,85 @@ def read_prompts(path: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Right-padded rows. Causal attention alone keeps padding out of sight of real tokens, so no mask is needed."""
+    """Rows of one forward pass."""
 
-    ids: Tensor
-    """[rows, width] int64."""
+    pack: Pack
     where: Tensor
-    """[targets, 2] int64: row and position whose output predicts each target."""
+    """[targets] int64: the place in the packed sequence whose output predicts each target."""
     targets: Tensor
     """[targets] int64 token ids."""
     rows: tuple[int, ...]
     """Indices of the rows in the list given to ``batches``."""
-    shared: int
-    """Leading tokens that all rows have in common and that predict no target."""
 
 
-def collate(rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: torch.device) -> Batch:
+def collate(rows: Sequence[Row], indices: Sequence[int], device: torch.device) -> Batch:
     """One batch of the given rows."""
-    width = max(len(rows[i].prompt_ids) + len(rows[i].completion_ids) for i in indices)
-    ids = torch.full((len(indices), width), pad_id)
-    where: list[tuple[int, int]] = []
+    shared = shared_prefix([rows[i].prompt_ids for i in indices])
+    where: list[int] = []
     targets: list[int] = []
-    for slot, index in enumerate(indices):
+    start = shared
+    for index in indices:
         row = rows[index]
-        tokens = row.prompt_ids + row.completion_ids
-        ids[slot, : len(tokens)] = torch.tensor(tokens)
-        first = len(row.prompt_ids) - 1
-        where.extend((slot, first + k) for k in range(len(row.completion_ids)))
+        first = start + len(row.prompt_ids) - shared - 1
+        where.extend(range(first, first + len(row.completion_ids)))
         targets.extend(row.completion_ids)
+        start += len(row.prompt_ids) - shared + len(row.completion_ids)
     return Batch(
-        ids=ids.to(device),
-        where=torch.tensor(where).to(device),
-        targets=torch.tensor(targets).to(device),
+        pack=pack([rows[i].prompt_ids + rows[i].completion_ids for i in indices], shared, device),
+        where=torch.tensor(where, device=device),
+        targets=torch.tensor(targets, device=device),
         rows=tuple(indices),
-        shared=shared_prefix([rows[i].prompt_ids for i in indices]),
     )
 
 
-def batches(
-    rows: Sequence[Row], indices: Sequence[int], pad_id: int, device: torch.device, tokens: int
-) -> Iterator[Batch]:
-    """The given rows in batches of like length, each of at most ``tokens`` padded tokens (or one row)."""
-    order = sorted(indices, key=lambda i: (len(rows[i].prompt_ids) + len(rows[i].completion_ids), i))
+def batches(rows: Sequence[Row], indices: Sequence[int], device: torch.device, tokens: int) -> Iterator[Batch]:
+    """The given rows, sorted by length, in batches of at most ``tokens`` tokens (or one row).
+
+    A batch's common opening counts once, as it is computed once.
+    """
+    lengths = {i: len(rows[i].prompt_ids) + len(rows[i].completion_ids) for i in indices}
+    shared = shared_prefix([rows[i].prompt_ids for i in indices]) if lengths else 0
     group: list[int] = []
-    for index in order:
-        width = len(rows[index].prompt_ids) + len(rows[index].completion_ids)
-        if group and (len(group) + 1) * width > tokens:
-            yield collate(rows, group, pad_id, device)
-            group = []
+    filled = shared
+    for index in sorted(indices, key=lambda i: (lengths[i], i)):
+        if group and filled + lengths[index] - shared > tokens:
+            yield collate(rows, group, device)
+            group, filled = [], shared
         group.append(index)
+        filled += lengths[index] - shared
     if group:
-        yield collate(rows, group, pad_id, device)
+        yield collate(rows, group, device)
 
 
 class Sampler:
-    """Endless indices of a list, every one once a round, in an order drawn from ``seed``."""
+    """Endless indices of a list, every one once a round in an order drawn from ``seed``; hard ones again and again.
 
-    def __init__(self, count: int, seed: int) -> None:
-        self._count = count
+    A row whose last loss was above ``hard`` waits in a pool, from which up to the share ``again`` of what is taken
+    comes, until its loss falls.
+    """
+
+    def __init__(self, count: int, seed: int, *, hard: float = float("inf"), again: float = 0.5) -> None:
+        self._count, self._hard, self._again = count, hard, again
         self._generator = torch.Generator().manual_seed(seed)
         self._queue: list[int] = []
+        self._pool: dict[int, None] = {}  # in order of arrival: the same run after run
 
     def take(self, count: int) -> list[int]:
-        """The next ``count`` indices (fewer only when the list is empty)."""
-        taken: list[int] = []
-        while self._count and len(taken) < count:
+        """The next ``count`` indices, no two alike (fewer only when the list is shorter)."""
+        count = min(count, self._count)
+        waiting = list(self._pool)
+        picks = torch.randperm(len(waiting), generator=self._generator).tolist()[: int(self._again * count)]
+        taken = [waiting[i] for i in picks]
+        while len(taken) < count:
             if not self._queue:
                 self._queue = torch.randperm(self._count, generator=self._generator).tolist()
-            taken.append(self._queue.pop())
+            index = self._queue.pop()
+            if index not in taken:
+                taken.append(index)
         return taken
+
+    def learnt(self, index: int, loss: float) -> None:
+        """Hear of the loss of a row that was taken."""
+        self._pool.pop(index, None)
+        if loss > self._hard:
+            self._pool[index] = None

@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,39 +20,42 @@ from torch import Tensor
 
 from trainer.candidate import Candidate
 from trainer.examples import Row, RowKind, Sampler, batches
-from trainer.objective import BaseTraces, mixed
+from trainer.objective import BaseTraces, row_losses
 
 
 class FitError(ArithmeticError):
     """A loss or gradient that is not finite; the step was not taken."""
 
 
-MICRO_TOKENS = 1800
-"""Padded tokens of one forward pass. Every pass writes a gradient of the size of the model, and every batch pads to its
-longest row: a default step makes two or three passes."""
+MICRO_TOKENS = 4096
+"""Tokens of one forward pass. Every pass writes a gradient of the size of the model: a default step makes one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
 
-    lr: float = 2.5e-4
+    lr: float = 4e-4
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
-    anneal_below: float = 0.25
-    """Target loss (nats a token, running mean) below which the learning rate shrinks in proportion: what is learnt
-    needs no more large steps, and the drift of small ones is taken back by the KL terms."""
-    anneal_floor: float = 0.2
-    """Smallest share of ``lr`` that annealing leaves."""
-    target_rows: int = 12
-    contrast_rows: int = 24
+    decay_from: float = 0.3
+    """Share of the planned steps after which the learning rate falls, in a straight line, until the last of them: by
+    then the targets are learnt, and what is left is to tell near misses apart and to take drift back."""
+    lr_floor: float = 0.1
+    """Share of ``lr`` at the last planned step and after it."""
+    target_rows: int = 10
+    contrast_rows: int = 22
     replay_rows: int = 8
-    contrast_weight: float = 2.0
-    replay_weight: float = 2.0
+    contrast_weight: float = 3.0
+    replay_weight: float = 6.0
+    hard: dict[RowKind, float] = field(default_factory=lambda: {"target": 2.0, "contrast": 0.3, "replay": 2.0})
+    """A row whose loss (sum over its completion, nats) was above this when last seen is asked again soon."""
+    again: float = 0.6
+    """Most of a step's rows of a kind that are taken from those."""
     grad_clip: float = 1.0
     micro_tokens: int = 0
-    """Padded tokens of one forward pass; more rows are accumulated. 0: ``MICRO_TOKENS``."""
+    """Tokens of one forward pass; more rows are accumulated. 0: ``MICRO_TOKENS``."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "grad_clip"):
@@ -78,8 +81,16 @@ class Fit:
     """The optimiser over a candidate's masters. ``traces.rows`` are the contrast and replay rows."""
 
     def __init__(
-        self, candidate: Candidate, targets: Sequence[Row], traces: BaseTraces, config: FitConfig, *, seed: int
+        self,
+        candidate: Candidate,
+        targets: Sequence[Row],
+        traces: BaseTraces,
+        config: FitConfig,
+        *,
+        seed: int,
+        planned: int = 80,
     ) -> None:
+        """``planned``: the steps that the learning rate's schedule is laid out for."""
         self.candidate, self.config, self.traces = candidate, config, traces
         self.targets = list(targets)
         self._optimiser = torch.optim.AdamW(
@@ -87,39 +98,45 @@ class Fit:
         )
         self.lr_scale = 1.0
         """Set by whoever steps back: a factor on the learning rate."""
-        self._target_mean: float | None = None
+        self._planned = planned
         self.steps = 0
-        self._kl_rows: dict[RowKind, list[int]] = {
-            kind: [i for i, row in enumerate(traces.rows) if row.kind == kind] for kind in ("contrast", "replay")
+        self.rows = [*self.targets, *traces.rows]
+        self._counts: dict[RowKind, int] = {
+            "target": config.target_rows,
+            "contrast": config.contrast_rows,
+            "replay": config.replay_rows,
         }
+        self._rows: dict[RowKind, list[int]] = {
+            kind: [i for i, row in enumerate(self.rows) if row.kind == kind and row.completion_ids]
+            for kind in self._counts
+        }
+        self._place = {i: place for indices in self._rows.values() for place, i in enumerate(indices)}
         self._samplers = {
-            "target": Sampler(len(self.targets), seed),
-            "contrast": Sampler(len(self._kl_rows["contrast"]), seed + 1),
-            "replay": Sampler(len(self._kl_rows["replay"]), seed + 2),
+            kind: Sampler(len(indices), seed + number, hard=config.hard[kind], again=config.again)
+            for number, (kind, indices) in enumerate(self._rows.items())
         }
 
     def step(self) -> StepResult:
         """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
-        first = len(self.targets)
-        rows = [*self.targets, *self.traces.rows]
-        chosen = self._samplers["target"].take(config.target_rows)
-        for kind, count in (("contrast", config.contrast_rows), ("replay", config.replay_rows)):
-            chosen += [first + self._kl_rows[kind][i] for i in self._samplers[kind].take(count)]  # type: ignore[index]
-        chosen = [i for i in chosen if rows[i].completion_ids]
+        first, rows = len(self.targets), self.rows
+        chosen: list[int] = []
+        for kind, count in self._counts.items():
+            chosen += [self._rows[kind][i] for i in self._samplers[kind].take(count)]
         tokens: Counter[RowKind] = Counter()
         for i in chosen:
             tokens[rows[i].kind] += len(rows[i].completion_ids)
         weights = {"target": 1.0, "contrast": config.contrast_weight, "replay": config.replay_weight}
         means: dict[str, float] = dict.fromkeys(weights, 0.0)
-        limit = config.micro_tokens or MICRO_TOKENS
-        for batch in batches(rows, chosen, lm.pad_id, lm.device, limit):
-            sums = mixed(lm, rows, batch, self.traces, first)
-            parts = {kind: value / tokens[kind] for kind, value in sums.items()}
-            torch.stack([weights[kind] * value for kind, value in parts.items()]).sum().backward()  # type: ignore[no-untyped-call]
-            for kind, value in parts.items():
-                means[kind] += float(value.detach())
+        for batch in batches(rows, chosen, lm.device, config.micro_tokens or MICRO_TOKENS):
+            losses = row_losses(lm, rows, batch, self.traces, first)
+            kinds = [rows[i].kind for i in batch.rows]
+            share = torch.tensor([weights[kind] / tokens[kind] for kind in kinds], device=losses.device)
+            (losses * share).sum().backward()  # type: ignore[no-untyped-call]
+            for i, kind, loss in zip(batch.rows, kinds, losses.tolist(), strict=True):
+                means[kind] += loss / tokens[kind]
+                self._samplers[kind].learnt(self._place[i], loss)
         self.candidate.gather_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.candidate.masters.values(), config.grad_clip, foreach=True))
         loss = sum(weights[kind] * mean for kind, mean in means.items())
@@ -127,11 +144,9 @@ class Fit:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FitError(f"step {self.steps + 1}: loss {loss}, gradient norm {norm}")
         self.steps += 1
-        self._target_mean = target if self._target_mean is None else 0.5 * self._target_mean + 0.5 * target
         for group in self._optimiser.param_groups:
             group["lr"] = self.lr
         self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
         self.candidate.refresh()
         return StepResult(
             loss=loss,
@@ -147,8 +162,9 @@ class Fit:
         """The learning rate of the step last counted."""
         config = self.config
         warm = min(1.0, self.steps / max(1, config.warmup))
-        left = 1.0 if self._target_mean is None else self._target_mean / config.anneal_below
-        return config.lr * self.lr_scale * warm * min(1.0, max(config.anneal_floor, left))
+        first = config.decay_from * self._planned
+        left = 1 - (self.steps - first) / max(1.0, self._planned - first)
+        return config.lr * self.lr_scale * warm * min(1.0, max(config.lr_floor, left))
 
     def snapshot(self) -> dict[str, Any]:
         """Copies of the masters and the optimiser's state."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.model import LanguageModel
 
-ENGINE = "greedy-1"
+ENGINE = "greedy-2"
 """Version of the decoding rules; part of every cache key."""
 
 
@@ -38,6 +38,8 @@ class Reply:
     """Whether the model ended by itself (a stop token) within the limit."""
     margin: float
     """Smallest difference (nats) between best and second-best logit over the reply: how near it was to another."""
+    margins: tuple[float, ...] = ()
+    """That difference for every token, and for the stop token where the reply ended by itself."""
 
 
 def generate(
@@ -94,6 +96,7 @@ def _cut(lm: LanguageModel, raw: _Raw, limit: int) -> Reply:
         tokens=tuple(tokens),
         stopped=raw.stopped,
         margin=min(margins, default=float("inf")) if margins else 0.0,
+        margins=tuple(margins),
     )
 
 

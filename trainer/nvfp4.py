@@ -34,7 +34,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from trainer import nvfp4_plain
+from trainer import nvfp4_jit, nvfp4_plain
 from trainer.nvfp4_cpu import BLOCK, NonFiniteError, Piece, each_piece
 
 __all__ = [
@@ -52,6 +52,8 @@ __all__ = [
 Rule = Literal["mse", "amax"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_JIT = (torch.float32, torch.bfloat16)
+"""What the compiled path writes."""
 _SCALES = (torch.float8_e4m3fn, torch.float16, torch.float32)
 _SLAB = 1 << 20
 """Blocks at a time on other devices: bounds the temporary memory of the plain path to about a gigabyte."""
@@ -193,6 +195,12 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
     blocks = _blocks(src, name)
     kept = _kept(keep, src, name)
     target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
+    apart = flat.untyped_storage().data_ptr() != blocks.untyped_storage().data_ptr()
+    if kept is not None and src.device.type == "cpu" and src.dtype == torch.float32 and flat.dtype in _JIT and apart:
+        if nvfp4_jit.refresh(blocks, kept, flat, rule):
+            _delivered(target, flat)
+            return
+        # otherwise on to the way that says what is wrong
 
     def piece(p: Piece, part: slice) -> None:
         p.load(blocks[part])
@@ -209,7 +217,7 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
             _refuse_nan(scale)
         flat[part] = nvfp4_plain.decode(nvfp4_plain.encode(slab, scale), scale).to(flat.dtype)
 
-    _work(blocks.shape[0], piece, plain, name, values=blocks)
+    _work(blocks.shape[0], piece, plain, name, values=blocks, scales=kept)
     _delivered(target, flat)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.examples import Batch, Row, RowKind, batches
-from trainer.generate import prefix_cache
+from trainer.examples import Batch, Row, batches
 from trainer.model import LanguageModel
+from trainer.packed import forward
 
 LOGIT_ROWS = 128
 """Positions whose logits are computed at a time. Whole, they are the largest tensors of a step (vocabulary x 4 bytes x
@@ -22,26 +22,8 @@ positions), which a CPU's allocator maps and unmaps anew for each of a dozen ope
 
 
 def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
-    """Last hidden states [targets, features] at the positions that predict the batch's targets."""
-    body, shared = lm.module.get_submodule("model"), batch.shared
-    if shared == 0:
-        states = body(input_ids=batch.ids, use_cache=False).last_hidden_state
-    else:
-        # The rows' common opening is computed once, not once a row: the template's system message is half of every row.
-        rows, width = batch.ids.shape
-        cache = prefix_cache(lm, batch.ids[0, :shared].tolist(), rows)
-        own = batch.ids[:, shared:]
-        positions = torch.arange(shared, width, device=own.device).expand(rows, -1)
-        mask = torch.ones(width - shared, width, dtype=torch.bool, device=own.device).tril(shared)[None, None]
-        states = body(
-            input_ids=own,
-            attention_mask=mask.expand(rows, -1, -1, -1),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-    picked: Tensor = states[batch.where[:, 0], batch.where[:, 1] - shared]
-    return picked
+    """Last hidden states [targets, features] at the places that predict the batch's targets."""
+    return forward(lm, batch.pack).index_select(0, batch.where)
 
 
 def cross_entropy(lm: LanguageModel, batch: Batch) -> Tensor:
@@ -66,7 +48,7 @@ class BaseTraces:
         self.rows = list(rows)
         self.head = base.module.get_parameter("lm_head.weight").detach().clone()
         self.states: list[Tensor] = [torch.empty(0)] * len(self.rows)
-        for batch in batches(self.rows, range(len(self.rows)), base.pad_id, base.device, batch_tokens):
+        for batch in batches(self.rows, range(len(self.rows)), base.device, batch_tokens):
             sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
             for index, state in zip(batch.rows, torch.split(hidden_at(base, batch), sizes), strict=True):
                 self.states[index] = state.clone()
@@ -77,6 +59,14 @@ class BaseTraces:
         states = torch.cat([self.states[i] for i in batch.rows])
         parts = zip(torch.split(states, LOGIT_ROWS), torch.split(hidden, LOGIT_ROWS), strict=True)
         return torch.cat([kl(self._logits(state), head(part)) for state, part in parts])
+
+    @torch.no_grad()
+    def log_likelihoods(self, index: int) -> list[float]:
+        """The base's log-probability, nats, of each completion token of one row, given all before it."""
+        logits = self._logits(self.states[index]).float()
+        tokens = torch.tensor(self.rows[index].completion_ids, device=logits.device)
+        chosen: list[float] = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+        return chosen
 
     @torch.no_grad()
     def logits(self, indices: Sequence[int]) -> Tensor:
@@ -92,17 +82,16 @@ class BaseTraces:
         """Mean KL(base || lm) per token, nats, of the rows with the given indices (0 for an empty completion)."""
         drifts = dict.fromkeys(wanted, 0.0)
         used = [i for i in wanted if self.rows[i].completion_ids]
-        for batch in batches(self.rows, used, lm.pad_id, lm.device, batch_tokens):
+        for batch in batches(self.rows, used, lm.device, batch_tokens):
             sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
             for index, values in zip(batch.rows, torch.split(self.kl(lm, batch), sizes), strict=True):
                 drifts[index] = float(values.mean())
         return drifts
 
 
-def mixed(
-    lm: LanguageModel, rows: Sequence[Row], batch: Batch, traces: BaseTraces, first: int
-) -> dict[RowKind, Tensor]:
-    """Sums over a batch's tokens by kind of row, nats: cross-entropy for target rows, KL(base || lm) for the others.
+def row_losses(lm: LanguageModel, rows: Sequence[Row], batch: Batch, traces: BaseTraces, first: int) -> Tensor:
+    """Each row's sum over its completion tokens, nats, float32 [rows of the batch]: cross-entropy for target rows,
+    KL(base || lm) for the others.
 
     ``rows``: target rows, then from index ``first`` on the rows of ``traces``. One forward pass and one pair of output
     layers serve all kinds: every backward pass writes a gradient of the size of the model, so a step should hold few.
@@ -111,12 +100,10 @@ def mixed(
     held = [i - first for i in batch.rows if i >= first]
     base = iter(torch.split(traces.logits(held), [len(traces.states[i]) for i in held]) if held else ())
     sizes = [len(rows[i].completion_ids) for i in batch.rows]
-    sums: dict[RowKind, list[Tensor]] = {}
-    for index, own, targets in zip(
-        batch.rows, torch.split(logits, sizes), torch.split(batch.targets, sizes), strict=True
-    ):
-        # row by row: what is computed in float32 then fits a CPU's cache
-        asked = index < first
-        value = F.cross_entropy(own.float(), targets, reduction="sum") if asked else kl(next(base), own).sum()
-        sums.setdefault(rows[index].kind, []).append(value)
-    return {kind: torch.stack(values).sum() for kind, values in sums.items()}
+    parts = zip(batch.rows, torch.split(logits, sizes), torch.split(batch.targets, sizes), strict=True)
+    return torch.stack(
+        [  # row by row: what is computed in float32 then fits a CPU's cache
+            F.cross_entropy(own.float(), targets, reduction="sum") if index < first else kl(next(base), own).sum()
+            for index, own, targets in parts
+        ]
+    )

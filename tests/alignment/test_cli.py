@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from alignment import cli, run
+from alignment.config import RunConfig
 from alignment.gate import EXIT_CODES
 from alignment.record import RunRecord
 from trainer import sources
@@ -227,9 +228,9 @@ def test_options_are_checked_before_a_base_is_made(align: Align, project: Path) 
 def test_a_run_exits_with_the_code_of_its_verdict(
     align: Align, project: Path, monkeypatch: pytest.MonkeyPatch, verdict: Any, code: int
 ) -> None:
-    asked: list[tuple[run.RunConfig, str]] = []
+    asked: list[tuple[RunConfig, str]] = []
 
-    def fake(config: run.RunConfig, *, view: Any, command: str) -> RunRecord:
+    def fake(config: RunConfig, *, view: Any, command: str) -> RunRecord:
         asked.append((config, command))
         return RunRecord(
             run="now",

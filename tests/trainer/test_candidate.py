@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from trainer.candidate import Candidate, changed_groups
-from trainer.examples import Row, batches, collate
+from trainer.examples import Row, Sampler, batches, collate
 from trainer.fit import Fit, FitConfig
 from trainer.model import LanguageModel, load
 from trainer.nvfp4 import dequantise, fake_quantise_, quantise
-from trainer.objective import BaseTraces, cross_entropy, mixed
+from trainer.objective import BaseTraces, cross_entropy, row_losses
 
 
 def row(lm: LanguageModel, kind: str, prompt: str, reply: str) -> Row:
@@ -82,31 +82,62 @@ def test_a_block_keeps_its_scale_until_it_outgrows_it() -> None:
     assert torch.equal(view, dequantise(*kept, dtype=torch.float32))
 
 
-def test_mixed_gives_what_the_kinds_give_alone(lm: LanguageModel, tiny_model: Path) -> None:
+def test_a_mixed_batch_gives_each_row_what_it_gives_alone(lm: LanguageModel, tiny_model: Path) -> None:
     base = load(tiny_model / "base.dat", dtype=torch.float32)
     held = [row(base, "contrast", "who am i", "you"), row(base, "replay", "what is a ufo then", "a thing")]
     targets = [row(base, "target", "who are you", "I am F#")]
     traces = BaseTraces(base, held)
     with torch.no_grad():
         lm.module.get_parameter("lm_head.weight").mul_(1.5)
-        rows = [*targets, *held]
-        batch = collate(rows, [0, 1, 2], base.pad_id, base.device)
-        sums = mixed(lm, rows, batch, traces, 1)
-        alone = cross_entropy(lm, collate(targets, [0], base.pad_id, base.device))
+        batch = collate([*targets, *held], [2, 0, 1], base.device)
+        losses = row_losses(lm, [*targets, *held], batch, traces, 1).tolist()
+        alone = cross_entropy(lm, collate(targets, [0], base.device))
         drift = traces.drift(lm, [0, 1])
         same = traces.drift(base, [0, 1])
     assert same == pytest.approx({0: 0.0, 1: 0.0}, abs=1e-6)
-    assert sums["target"] == pytest.approx(float(alone), rel=1e-5)
-    assert sums["contrast"] == pytest.approx(drift[0] * len(held[0].completion_ids), rel=1e-4)
-    assert sums["replay"] == pytest.approx(drift[1] * len(held[1].completion_ids), rel=1e-4)
+    assert losses[1] == pytest.approx(float(alone), rel=1e-5)
+    assert losses[2] == pytest.approx(drift[0] * len(held[0].completion_ids), rel=1e-4)
+    assert losses[0] == pytest.approx(drift[1] * len(held[1].completion_ids), rel=1e-4)
     assert drift[0] > 0.001
+
+
+def test_likelihoods_are_those_of_the_completion(lm: LanguageModel) -> None:
+    held = row(lm, "contrast", "who am i", "you")
+    logits = lm.module(input_ids=torch.tensor([held.prompt_ids + held.completion_ids])).logits[0].log_softmax(-1)
+    first = len(held.prompt_ids) - 1
+    expected = [float(logits[first + k, token]) for k, token in enumerate(held.completion_ids)]
+    assert BaseTraces(lm, [held, held]).log_likelihoods(1) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_round_of_a_sampler_takes_every_row_once() -> None:
+    taken = [Sampler(7, seed).take(7) for seed in (0, 0, 1)]
+    assert sorted(taken[0]) == list(range(7))
+    assert taken[0] == taken[1] != taken[2]
+    assert Sampler(3, 0).take(8) != []
+    assert sorted(Sampler(3, 0).take(8)) == [0, 1, 2]
+    assert Sampler(0, 0).take(8) == []
+
+
+def test_hard_rows_come_again_until_they_are_learnt() -> None:
+    sampler = Sampler(100, 0, hard=1.0, again=0.5)
+    first = sampler.take(10)
+    for index in first:
+        sampler.learnt(index, 1.5 if index in first[:3] else 0.5)
+    again = sampler.take(10)
+    assert set(first[:3]) <= set(again)
+    assert not set(first[3:]) & set(again)
+    sampler.learnt(first[0], 0.9)
+    assert first[0] not in sampler.take(10)
+    for index in range(100):
+        sampler.learnt(index, 2.0)
+    assert len(set(sampler.take(10))) == 10
 
 
 def test_batches_hold_every_row_once_within_the_limit(lm: LanguageModel) -> None:
     rows = [row(lm, "target", "x" * n, "ab") for n in (3, 40, 7, 20, 5)]
-    made = list(batches(rows, range(5), lm.pad_id, lm.device, 40))
+    made = list(batches(rows, range(5), lm.device, 40))
     assert sorted(i for batch in made for i in batch.rows) == [0, 1, 2, 3, 4]
-    assert all(batch.ids.numel() <= 40 or len(batch.rows) == 1 for batch in made)
+    assert all(len(batch.pack.ids) <= 40 or len(batch.rows) == 1 for batch in made)
 
 
 def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageModel, tiny_model: Path) -> None:
