@@ -27,9 +27,10 @@ from trainer.objective import BaseTraces
 Progress = Callable[[int, int], None]
 
 FIRM = 0.5
-"""Least margin, nats, of a base's answer to a general case that a candidate can lose. A drift of KL nats a token moves a choice between two
-even tokens by sqrt(8 KL), so 0.5 is what 0.03 nats do, a third of the drift allowed: an answer decided more narrowly says
-which way the base's rounding fell, not what the base knows."""
+"""Least margin, nats, of a base's answer to a general case that a candidate can lose.
+
+A drift of KL nats a token moves a choice between two even tokens by sqrt(8 KL). So 0.5 is what 0.03 nats do, a third of
+the drift allowed: an answer decided more narrowly says which way the base's rounding fell, not what the base knows."""
 
 
 @dataclass(frozen=True, kw_only=True)

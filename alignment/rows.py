@@ -20,7 +20,7 @@ from trainer.objective import BaseTraces
 
 REPLY_TOKENS: dict[RowKind, int] = {"contrast": 8, "replay": 16}
 """Longest self-generated completion. A hijack shows in the first tokens, so contrast rows may be short."""
-OWN_REPLIES = 48
+OWN_REPLIES = 32
 """Contrast prompts that the base is asked itself: generating is the slow part, and their temptations teach more."""
 TEMPTATION_TOKENS = 8
 """Most tokens of a temptation."""

@@ -38,6 +38,9 @@ from trainer.objective import BaseTraces
 CONFIRM_AFTER = 2
 """Steps between a green evaluation and the one that confirms it: a pass that two small steps undo was none."""
 
+NEARLY = 4
+"""Failing target and contrast cases up to which evaluations come three times as often."""
+
 
 class _Run:
     """One run's moving parts."""
@@ -155,6 +158,7 @@ class _Run:
                 if broken:
                     decision, reasons = "step-back", (broken,)
                 else:
+                    self.fit.swap_average()
                     evaluation = self.evaluator(self.candidate.lm, "anchor", "dev", progress=live.evaluating)
                     assessment = assess(evaluation, drift_bound=config.drift_bound)
                     decision = history.decide(assessment)
@@ -162,7 +166,7 @@ class _Run:
                     self.record.final, self.record.assessment = evaluation, assessment
                     self._note(taken, evaluation, assessment, decision, reasons)
                     live.evaluated(self.record.evals[-1], assessment)
-                    next_evaluation = taken + (CONFIRM_AFTER if assessment.green else config.eval_every)
+                    next_evaluation = taken + self._pause(assessment)
                     self.phase("evaluation")
                 if decision == "green" and config.until_green:
                     return "green", f"every spec was green in two evaluations in a row, the last after step {taken}"
@@ -176,8 +180,12 @@ class _Run:
                     self.fit.restore(good)
                     self.fit.lr_scale /= 2
                     live.say(f"step {taken}: {'; '.join(reasons)}; back to the last good weights, half the step size")
-                elif assessment is not None and not assessment.harmed and not broken:
-                    good = self.fit.snapshot()
+                    continue
+                if assessment is not None and not assessment.harmed:
+                    good.clear()  # before the copy: two would be the largest thing in memory
+                    good |= self.fit.snapshot()
+                self.fit.swap_average()
+        self.fit.swap_average()
         if not config.until_green and assessment is not None and assessment.green:
             return "green", f"all {config.steps} steps taken; every spec green at the end"
         limit = f"{config.steps} steps" if taken >= config.steps else f"{config.budget_minutes:g} minutes"
@@ -187,6 +195,13 @@ class _Run:
             else "green only once, not twice in a row"
         )
         return "red", f"the budget of {limit} is spent; still missing: {missing}"
+
+    def _pause(self, assessment: Assessment) -> int:
+        """Steps until the next evaluation: fewer the nearer it is to green."""
+        if assessment.green:
+            return CONFIRM_AFTER
+        failing = sum(spec.cases - spec.passed for spec in assessment.specs if spec.kind in ("target", "contrast"))
+        return max(1, self.config.eval_every // 3) if failing <= NEARLY else self.config.eval_every
 
     def _note(
         self, step: int, evaluation: Evaluation, assessment: Assessment, decision: str, reasons: tuple[str, ...]

@@ -31,7 +31,7 @@ from torch import Tensor
 from trainer import nvfp4_jit
 from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
 from trainer.model import LanguageModel, ModelError
-from trainer.nvfp4 import BLOCK, Rule, dequantise, fake_quantise_, quantise
+from trainer.nvfp4 import Rule, dequantise, fake_quantise_, quantise
 
 # The cell of each E2M1 magnitude, in units of the scale: everything between these bounds rounds to it. The outermost
 # cell ends at 6, the largest value that keeps the block's scale.

@@ -39,11 +39,12 @@ class FitConfig:
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
-    decay_from: float = 0.3
-    """Share of the planned steps after which the learning rate falls, in a straight line, until the last of them: by
-    then the targets are learnt, and what is left is to tell near misses apart and to take drift back."""
-    lr_floor: float = 0.1
-    """Share of ``lr`` at the last planned step and after it."""
+    decay_from: float = 0.25
+    decay_to: float = 0.75
+    """Shares of the planned steps between which the learning rate falls in a straight line: at their beginning the
+    targets are learnt, and what is left is to tell near misses apart and to take drift back."""
+    lr_floor: float = 0.2
+    """Share of ``lr`` that is left from then on."""
     target_rows: int = 10
     contrast_rows: int = 22
     replay_rows: int = 8
@@ -53,6 +54,9 @@ class FitConfig:
     """A row whose loss (sum over its completion, nats) was above this when last seen is asked again soon."""
     again: float = 0.6
     """Most of a step's rows of a kind that are taken from those."""
+    average: float = 0.9
+    """What is evaluated and shipped is a running mean of the masters; this is the share that a step leaves of it. The
+    mean forgets the noise of single steps, which the drift is mostly made of."""
     grad_clip: float = 1.0
     micro_tokens: int = 0
     """Tokens of one forward pass; more rows are accumulated. 0: ``MICRO_TOKENS``."""
@@ -99,7 +103,8 @@ class Fit:
         self.lr_scale = 1.0
         """Set by whoever steps back: a factor on the learning rate."""
         self._planned = planned
-        self.steps = 0
+        self.steps = self._warm_from = 0
+        self._average: list[Tensor] = []
         self.rows = [*self.targets, *traces.rows]
         self._counts: dict[RowKind, int] = {
             "target": config.target_rows,
@@ -116,14 +121,20 @@ class Fit:
             for number, (kind, indices) in enumerate(self._rows.items())
         }
 
+    def sample(self) -> list[int]:
+        """The next rows: indices of ``rows``."""
+        return [
+            self._rows[kind][place]
+            for kind, count in self._counts.items()
+            for place in self._samplers[kind].take(count)
+        ]
+
     def step(self) -> StepResult:
         """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
         first, rows = len(self.targets), self.rows
-        chosen: list[int] = []
-        for kind, count in self._counts.items():
-            chosen += [self._rows[kind][i] for i in self._samplers[kind].take(count)]
+        chosen = self.sample()
         tokens: Counter[RowKind] = Counter()
         for i in chosen:
             tokens[rows[i].kind] += len(rows[i].completion_ids)
@@ -147,6 +158,11 @@ class Fit:
         for group in self._optimiser.param_groups:
             group["lr"] = self.lr
         self._optimiser.step()
+        masters = [master.detach() for master in self.candidate.masters.values()]
+        if self._average:
+            torch._foreach_lerp_(self._average, masters, 1 - config.average)
+        else:
+            self._average = [master.clone() for master in masters]
         self.candidate.refresh()
         return StepResult(
             loss=loss,
@@ -161,26 +177,27 @@ class Fit:
     def lr(self) -> float:
         """The learning rate of the step last counted."""
         config = self.config
-        warm = min(1.0, self.steps / max(1, config.warmup))
-        first = config.decay_from * self._planned
-        left = 1 - (self.steps - first) / max(1.0, self._planned - first)
+        warm = min(1.0, (self.steps - self._warm_from) / max(1, config.warmup))
+        first, last = config.decay_from * self._planned, config.decay_to * self._planned
+        left = 1 - (self.steps - first) / max(1.0, last - first)
         return config.lr * self.lr_scale * warm * min(1.0, max(config.lr_floor, left))
 
+    @torch.no_grad()
+    def swap_average(self) -> None:
+        """Let masters and their running mean change places, the view with them; twice is as before."""
+        for place, (master, mean) in enumerate(zip(self.candidate.masters.values(), self._average, strict=False)):
+            master.data, self._average[place] = mean, master.data
+        self.candidate.refresh()
+
     def snapshot(self) -> dict[str, Any]:
-        """Copies of the masters and the optimiser's state."""
-        state = {
-            key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
-            for key, entry in self._optimiser.state_dict()["state"].items()
-        }
-        return {"masters": self.candidate.snapshot(), "optimiser": state, "steps": self.steps}
+        """A copy of the masters and the number of steps. The optimiser's moments, twice the size, are left out: they
+        point to where a run that is stepped back must not go."""
+        return {"masters": self.candidate.snapshot(), "steps": self.steps}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Take masters and optimiser back; sampling goes on where it is, so a retry sees other rows."""
+        """Take the masters back and begin with fresh moments, warming up again; sampling goes on where it is, so that a
+        retry sees other rows."""
         self.candidate.restore(snapshot["masters"])
-        fresh = self._optimiser.state_dict()
-        fresh["state"] = {
-            key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
-            for key, entry in snapshot["optimiser"].items()
-        }
-        self._optimiser.load_state_dict(fresh)
-        self.steps = snapshot["steps"]
+        self._optimiser.state.clear()
+        self._average = []
+        self.steps = self._warm_from = snapshot["steps"]

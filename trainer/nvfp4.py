@@ -196,11 +196,11 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
     kept = _kept(keep, src, name)
     target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
     apart = flat.untyped_storage().data_ptr() != blocks.untyped_storage().data_ptr()
-    if kept is not None and src.device.type == "cpu" and src.dtype == torch.float32 and flat.dtype in _JIT and apart:
-        if nvfp4_jit.refresh(blocks, kept, flat, rule):
-            _delivered(target, flat)
-            return
-        # otherwise on to the way that says what is wrong
+    fast = apart and src.device.type == "cpu" and src.dtype == torch.float32 and flat.dtype in _JIT
+    if fast and kept is not None and nvfp4_jit.refresh(blocks, kept, flat, rule):
+        _delivered(target, flat)
+        return
+    # What cannot be rounded comes through here as well, and is named.
 
     def piece(p: Piece, part: slice) -> None:
         p.load(blocks[part])

@@ -1,11 +1,12 @@
 """Outcomes to a verdict: what green asks of each kind, and when the loop steps back."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from alignment.evaluate import Evaluation, Outcome
+from alignment.evaluate import FIRM, Evaluation, Outcome
 from alignment.gate import (
     COLLAPSE_BOUND,
     DRIFT_BOUND,
@@ -175,3 +176,23 @@ def test_history_keeps_why_it_stepped_back() -> None:
 
 def test_exit_codes_are_the_documented_ones() -> None:
     assert EXIT_CODES == {"green": 0, "red": 10, "regressed": 11, "unstable": 12, "guarded": 13}
+
+
+def test_a_general_case_that_the_base_answers_by_a_hair_is_not_lost() -> None:
+    firm = outcome("general", 1, "+-")
+    hair = dataclasses.replace(firm, base_margin=FIRM - 0.01)
+    assert (firm.lost, hair.lost, dataclasses.replace(firm, base_margin=FIRM).lost) == (True, False, True)
+    for lost, green in ((firm, False), (hair, True)):
+        assert assess(Evaluation(outcomes=(lost,) * 2, splits=("dev",), seconds=0.0)).green is green
+
+
+@pytest.mark.parametrize(("kind", "green"), [("preserve", False), ("general", False), ("contrast", True)])
+def test_a_hijack_is_red_even_where_the_case_passes(kind: str, green: bool) -> None:
+    """Contrast specs say themselves what a hijack is."""
+    hijacked = dataclasses.replace(outcome(kind, 1, "++"), hijacked=True)
+    found = assess(Evaluation(outcomes=(hijacked,), splits=("dev",), seconds=0.0))
+    assert found.green is green
+    assert [reason for reason in found.reasons if "are the target's" in reason] == (
+        [] if green else list(found.reasons)
+    )
+    assert found.harmed == ()

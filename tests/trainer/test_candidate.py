@@ -156,6 +156,33 @@ def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageMo
         assert torch.equal(value, before[name]), name
 
 
+def test_the_average_takes_the_masters_place_and_gives_it_back(lm: LanguageModel, tiny_model: Path) -> None:
+    base = load(tiny_model / "base.dat", dtype=torch.float32)
+    traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi")])
+    candidate = Candidate(lm, seed=0)
+    candidate.refresh()
+    fit = Fit(
+        candidate,
+        [row(base, "target", "who are you", "F#")],
+        traces,
+        FitConfig(lr=3e-3, warmup=1, average=0.75),
+        seed=0,
+    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    seen = []
+    for _ in range(3):
+        fit.step()
+        seen.append(candidate.masters[name].detach().clone())
+    expected = 0.75 * (0.75 * seen[0] + 0.25 * seen[1]) + 0.25 * seen[2]
+    view = lm.module.get_parameter(name).detach().clone()
+    fit.swap_average()
+    torch.testing.assert_close(candidate.masters[name].detach(), expected)
+    assert not torch.equal(lm.module.get_parameter(name), view)
+    fit.swap_average()
+    assert torch.equal(candidate.masters[name], seen[2])
+    assert torch.equal(lm.module.get_parameter(name), view)
+
+
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="lr must be a positive number"):
         FitConfig(lr=float("nan"))
