@@ -106,15 +106,26 @@ class Candidate:
             self.parameters[name].grad = None
 
     @torch.no_grad()
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy of the masters."""
-        return {name: master.detach().clone() for name, master in self.masters.items()}
+    def snapshot(self) -> dict[str, tuple[Tensor, ...]]:
+        """What the view holds, as a file would: codes and scales of pairs, raw entries in their type. A seventh of the
+        masters' size."""
+        return {
+            name: quantise(master.detach(), rule=self.rule, name=name, keep=self.scales[name])
+            if name in self.scales
+            else (master.detach().to(self._stored[name].dtype),)
+            for name, master in self.masters.items()
+        }
 
     @torch.no_grad()
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Take the masters back to a snapshot and refresh the view."""
+    def restore(self, snapshot: dict[str, tuple[Tensor, ...]]) -> None:
+        """Take the view back to a snapshot. Masters start from the middle of its codes' cells, and keep its scales."""
         for name, master in self.masters.items():
-            master.copy_(snapshot[name])
+            if name in self.scales:
+                codes, scale = snapshot[name]
+                self.scales[name] = scale.clone()
+                master.copy_(dequantise(codes, self.scales[name], dtype=torch.float32))
+            else:
+                master.copy_(snapshot[name][0])
         self.refresh()
 
     @torch.no_grad()

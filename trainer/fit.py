@@ -35,7 +35,7 @@ MICRO_TOKENS = 4096
 class FitConfig:
     """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
 
-    lr: float = 4e-4
+    lr: float = 4.5e-4
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -45,12 +45,12 @@ class FitConfig:
     targets are learnt, and what is left is to tell near misses apart and to take drift back."""
     lr_floor: float = 0.2
     """Share of ``lr`` that is left from then on."""
-    target_rows: int = 10
+    target_rows: int = 12
     contrast_rows: int = 22
-    replay_rows: int = 8
+    replay_rows: int = 9
     contrast_weight: float = 3.0
-    replay_weight: float = 6.0
-    hard: dict[RowKind, float] = field(default_factory=lambda: {"target": 2.0, "contrast": 0.3, "replay": 2.0})
+    replay_weight: float = 9.0
+    hard: dict[RowKind, float] = field(default_factory=lambda: {"target": 2.0, "contrast": 0.3, "replay": 1.5})
     """A row whose loss (sum over its completion, nats) was above this when last seen is asked again soon."""
     again: float = 0.6
     """Most of a step's rows of a kind that are taken from those."""
@@ -190,14 +190,14 @@ class Fit:
         self.candidate.refresh()
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the masters and the number of steps. The optimiser's moments, twice the size, are left out: they
-        point to where a run that is stepped back must not go."""
-        return {"masters": self.candidate.snapshot(), "steps": self.steps}
+        """The weights as they would ship, and the number of steps. The optimiser's moments are left out: they point to
+        where a run that is stepped back must not go."""
+        return {"weights": self.candidate.snapshot(), "steps": self.steps}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Take the masters back and begin with fresh moments, warming up again; sampling goes on where it is, so that a
+        """Take the weights back and begin with fresh moments, warming up again; sampling goes on where it is, so that a
         retry sees other rows."""
-        self.candidate.restore(snapshot["masters"])
+        self.candidate.restore(snapshot["weights"])
         self._optimiser.state.clear()
         self._average = []
         self.steps = self._warm_from = snapshot["steps"]
