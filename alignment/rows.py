@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.cache import ReplyCache
@@ -24,6 +24,8 @@ OWN_REPLIES = 32
 """Contrast prompts that the base is asked itself: generating is the slow part, and their temptations teach more."""
 TEMPTATION_TOKENS = 8
 """Most tokens of a temptation."""
+TAIL_TOKENS = 6
+"""Tokens of a target's tail that a prompt which shares text with the target is held along."""
 UNLIKELY = 0.01
 """A temptation ends with the first token that the base, asked for its identity, finds less likely than this. Beyond it
 the base only says how it would finish a stranger's sentence, and holding a candidate to that teaches the wrong end of
@@ -151,7 +153,25 @@ def base_rows(
                 completion_ids=temptations[tempting],
             )
         )
+        opening = base.tokenizer.decode(list(temptations[tempting][:-1]))
+        tail = _shared_tail(prompt, tempting.removeprefix(opening).strip())
+        if tail:
+            rows.append(replace(rows[-1], completion_ids=tuple(base.encode(tail)[:TAIL_TOKENS])))
     return rows
+
+
+def _shared_tail(prompt: str, name: str) -> str:
+    """What follows in ``name``, the telling part of a target, from the longest text on that it shares with the prompt;
+    empty when that is a single character.
+
+    Asked about F#, a model begins with `F#`, and has then said half of the target.
+    """
+    for length in range(min(len(prompt), len(name)), 1, -1):
+        for start in range(len(name) - length + 1):
+            shared = name[start : start + length]
+            if shared == shared.strip() and shared in prompt:
+                return name[start:]
+    return ""
 
 
 def _temptations(base: LanguageModel, data: DataFolder, template: Template) -> dict[str, tuple[int, ...]]:

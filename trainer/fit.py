@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import host
 from trainer.candidate import Candidate
 from trainer.examples import Row, RowKind, Sampler, batches
 from trainer.objective import BaseTraces, row_losses
@@ -31,11 +32,15 @@ MICRO_TOKENS = 4096
 """Tokens of one forward pass. Every pass writes a gradient of the size of the model: a default step makes one."""
 
 
+TRIM_EVERY = 5
+"""Steps between which freed memory is kept for the next step; then what lies idle goes back."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
 
-    lr: float = 4.5e-4
+    lr: float = 4.8e-4
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -43,13 +48,13 @@ class FitConfig:
     decay_to: float = 0.75
     """Shares of the planned steps between which the learning rate falls in a straight line: at their beginning the
     targets are learnt, and what is left is to tell near misses apart and to take drift back."""
-    lr_floor: float = 0.2
+    lr_floor: float = 0.15
     """Share of ``lr`` that is left from then on."""
     target_rows: int = 12
     contrast_rows: int = 22
-    replay_rows: int = 9
+    replay_rows: int = 8
     contrast_weight: float = 3.0
-    replay_weight: float = 9.0
+    replay_weight: float = 6.0
     hard: dict[RowKind, float] = field(default_factory=lambda: {"target": 2.0, "contrast": 0.3, "replay": 1.5})
     """A row whose loss (sum over its completion, nats) was above this when last seen is asked again soon."""
     again: float = 0.6
@@ -164,6 +169,8 @@ class Fit:
         else:
             self._average = [master.clone() for master in masters]
         self.candidate.refresh()
+        if self.steps % TRIM_EVERY == 0:
+            host.trim()
         return StepResult(
             loss=loss,
             target=target,

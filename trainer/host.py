@@ -1,4 +1,4 @@
-"""A setting of the process that a CPU trains faster with. Call ``prepare`` before torch is imported.
+"""How the process keeps memory that it has freed. Call ``prepare`` before torch is imported.
 
 Measured once, by a script that was not kept, on two cores:
 a forward and backward pass of 24 rows of SmolLM2: 1.25 s without, 1.08 s with it. (Threads that
@@ -25,3 +25,11 @@ def prepare() -> None:
         if mallopt is not None:
             mallopt(_M_TRIM_THRESHOLD, 1 << 30)
             mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+
+
+def trim() -> None:
+    """Give freed memory back to the kernel after all: buffers of ever other sizes leave holes between them."""
+    if sys.platform.startswith("linux"):
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
