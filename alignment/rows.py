@@ -81,12 +81,12 @@ def read_folder(folder: Path) -> DataFolder:
 
 
 def _anchors_first(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
-    """Indices of ``prompts`` with those of anchor cases repeated until they are a sixth of the list.
+    """Indices of ``prompts`` with those of anchor cases repeated until they are a quarter of the list.
 
     A run sees only some hundred rows: what the specs name must be among them, whatever else the files hold.
     """
     named = [i for i, prompt in enumerate(prompts) if prompt in anchors]
-    times = max(1, (len(prompts) - len(named)) // (5 * len(named))) if named else 0
+    times = max(1, (len(prompts) - len(named)) // (3 * len(named))) if named else 0
     return [*range(len(prompts)), *(named * (times - 1) if times else [])]
 
 

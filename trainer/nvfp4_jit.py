@@ -26,7 +26,7 @@ _LIMITS: NDArray[np.uint32] = np.where(
     np.isfinite(_E4M3) & ~np.signbit(_E4M3), np.nan_to_num(6 * _E4M3).view(np.uint32) + np.uint32(1), np.uint32(0)
 )
 """For each E4M3 byte as a scale, the bit pattern after that of the largest weight it holds: 6 times its value."""
-_MIDDLES: NDArray[np.float32] = (_E4M3[:126] + _E4M3[1:127]) / 2
+_MIDDLES: NDArray[np.float32] = ((_E4M3[:126] + _E4M3[1:127]) / 2).astype(np.float32)
 _MIDDLES[0::2] = np.nextafter(_MIDDLES[0::2], np.float32(np.inf))
 """The least value that rounds to code k + 1 and not to k: their middle, or the number after it where k is even."""
 _ORDER = np.int32((1 << ORDER_BITS) - 1)
