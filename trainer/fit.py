@@ -44,8 +44,8 @@ class FitConfig:
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.9, 0.99)
-    decay_from: float = 0.25
-    decay_to: float = 0.75
+    decay_from: float = 0.2
+    decay_to: float = 0.6
     """Shares of the planned steps between which the learning rate falls in a straight line: at their beginning the
     targets are learnt, and what is left is to tell near misses apart and to take drift back."""
     lr_floor: float = 0.15
