@@ -79,6 +79,7 @@ def main() -> None:
         "quantise amax": lambda: quantise(w, rule="amax"),
         "quantise with stored scales": lambda: quantise_with_scales(w, scale),
         "fake_quantise_ mse -> bfloat16": lambda: fake_quantise_(w, half),
+        "fake_quantise_ kept -> bfloat16": lambda: fake_quantise_(w, half, keep=scale),
         "fake_quantise_ mse -> float32": lambda: fake_quantise_(w, same),
         "fake_quantise_ amax -> bfloat16": lambda: fake_quantise_(w, half, rule="amax"),
         "dequantise -> bfloat16": lambda: dequantise(qdata, scale, out=half),
