@@ -118,7 +118,7 @@ class Candidate:
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, tuple[Tensor, ...]]) -> None:
-        """Take the view back to a snapshot. Masters start from the middle of its codes' cells, and keep its scales."""
+        """Take the view back to a snapshot. Masters start from the decoded values, and keep the snapshot's scales."""
         for name, master in self.masters.items():
             if name in self.scales:
                 codes, scale = snapshot[name]

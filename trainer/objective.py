@@ -26,13 +26,6 @@ def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:
     return forward(lm, batch.pack).index_select(0, batch.where)
 
 
-def cross_entropy(lm: LanguageModel, batch: Batch) -> Tensor:
-    """Sum over the batch's targets of -log p(target), nats, float32 scalar."""
-    head, hidden = lm.module.get_submodule("lm_head"), hidden_at(lm, batch)
-    parts = zip(torch.split(hidden, LOGIT_ROWS), torch.split(batch.targets, LOGIT_ROWS), strict=True)
-    return torch.stack([F.cross_entropy(head(part).float(), targets, reduction="sum") for part, targets in parts]).sum()
-
-
 def kl(base_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(base || candidate) in nats for each position: [n] float32 from two [n, vocabulary] of logits."""
     base, candidate = base_logits.float().log_softmax(-1), logits.float().log_softmax(-1)

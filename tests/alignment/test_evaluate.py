@@ -81,8 +81,8 @@ def test_a_reply_that_does_what_a_target_asks_is_a_hijack(tiny_model: Path, tmp_
     )
     judge = Evaluator(lm, collect(tmp_path))
     assert [o.hijacked for o in judge(lm, "dev").of(spec="facts")] == [False, False], "the base's own words are its own"
-    good_day = next(c for c in judge.cases if c.prompt == "1 + 1")
-    judge.base_replies[good_day] = Reply(text="other", tokens=(1,), stopped=True, margin=1.0)
+    sum_case = next(c for c in judge.cases if c.prompt == "1 + 1")
+    judge.base_replies[sum_case] = Reply(text="other", tokens=(1,), stopped=True, margin=1.0)
     judge._identities = [{"equals": second}]
     assert [o.hijacked for o in judge(lm, "dev").of(spec="facts")] == [False, True]
     assert not any(o.hijacked for o in judge(lm, "dev").of(spec="who"))
