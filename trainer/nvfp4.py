@@ -215,7 +215,7 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
         scale = _plain_scales(slab, rule, kept, part)
         if strict:
             _refuse_nan(scale)
-        flat[part] = nvfp4_plain.decode(nvfp4_plain.encode(slab, scale), scale).to(flat.dtype)
+        flat[part] = nvfp4_plain.fake(slab, scale).to(flat.dtype)
 
     _work(blocks.shape[0], piece, plain, name, values=blocks, scales=kept)
     _delivered(target, flat)
@@ -262,11 +262,13 @@ def _settle(p: Piece, rule: Rule, kept: Tensor | None, part: slice) -> None:
 
 
 def _plain_scales(slab: Tensor, rule: Rule, kept: Tensor | None, part: slice) -> Tensor:
-    chosen = nvfp4_plain.choose(slab, rule)
     if kept is None:
-        return chosen
-    fits = slab.abs().amax(-1) <= 6 * kept[part].float()
-    return torch.where(fits, kept[part].view(torch.uint8), chosen.view(torch.uint8)).view(torch.float8_e4m3fn)
+        return nvfp4_plain.choose(slab, rule)
+    scale = kept[part].clone()
+    outgrown = (~(slab.abs().amax(-1) <= 6 * scale.float())).nonzero()[:, 0]  # NaN fits nowhere
+    if len(outgrown):  # few: choosing costs many times what the rest of the pass does
+        scale.view(torch.uint8)[outgrown] = nvfp4_plain.choose(slab[outgrown], rule).view(torch.uint8)
+    return scale
 
 
 def _kept(keep: Tensor | None, w: Tensor, name: str) -> Tensor | None:

@@ -7,7 +7,8 @@ Measured: `python benchmarks/weights.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -104,6 +105,20 @@ def _signed(sizes: Any, signs: Any, out: Any, shift: Any) -> None:
         out[k] = ((sizes[k] & np.uint32(0x7FFFFFFF)) | (signs[k] & np.uint32(0x80000000))) >> shift
 
 
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+def each_start(starts: range, work: Callable[[Iterator[int]], int]) -> int:
+    """The sum of what ``work`` returns, called in as many threads as torch uses; together they take each start once."""
+    shared = iter(starts)  # `next` on it is atomic
+    threads = min(torch.get_num_threads(), len(starts))
+    if threads <= 1:
+        return work(shared)
+    return sum(_pool(torch.get_num_threads()).map(work, [shared] * threads))
+
+
 def refresh(w: Tensor, keep: Tensor, out: Tensor, rule: str) -> bool:
     """out <- w decoded under the scales ``keep``, or new ones by ``rule`` where a block has outgrown its own.
 
@@ -127,12 +142,7 @@ def refresh(w: Tensor, keep: Tensor, out: Tensor, rule: str) -> bool:
             _signed(sizes.view(np.uint32), bits[part], target[part], shift)
         return bad
 
-    starts = iter(range(0, len(scales), PIECE))  # shared: `next` on it is atomic, so each start is taken once
-    threads = min(torch.get_num_threads(), -(-len(scales) // PIECE))
-    if threads <= 1:
-        return work(starts) == 0
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(work, [starts] * threads)) == 0
+    return each_start(range(0, len(scales), PIECE), work) == 0
 
 
 @numba.njit(nogil=True, cache=True)

@@ -41,6 +41,13 @@ def decode(qdata: Tensor, scale: Tensor) -> Tensor:
     return levels[codes.long()] * scale.float()[..., None]
 
 
+def fake(w: Tensor, scale: Tensor) -> Tensor:
+    """decode(encode(w, scale), scale), bit for bit, without codes in between: float32 [..., 16]."""
+    s = scale.float()
+    level = _round((w / torch.where(s == 0, torch.inf, s)[..., None]).abs())
+    return torch.copysign(level * s[..., None], w)
+
+
 def _round(y: Tensor) -> Tensor:
     """The nearest level, ties to the even code; y >= 0."""
     y = y.clamp(max=6)

@@ -292,6 +292,7 @@ def test_the_fast_path_is_the_plain_one(rule: Rule, name: str) -> None:
     assert torch.equal(qdata.view(-1, 8), codes)
     value = dequantise(qdata, scale, dtype=torch.float32)
     assert torch.equal(bits(value).view(-1, 16), bits(nvfp4_plain.decode(codes, plain)))
+    assert torch.equal(bits(value).view(-1, 16), bits(nvfp4_plain.fake(blocks, plain)))
 
 
 @pytest.mark.parametrize("blocks", [1, 16383, 16384, 16385, 3 * 16384 - 1])
