@@ -24,7 +24,7 @@ from trainer.candidate import Candidate
 from trainer.examples import batches
 from trainer.fit import MICRO_TOKENS, Fit, FitConfig
 from trainer.model import LanguageModel, load
-from trainer.objective import BaseTraces, row_losses
+from trainer.objective import BaseTraces, weighted_losses
 
 
 def median(work: Callable[[], object], repeat: int) -> float:
@@ -72,7 +72,8 @@ def main() -> None:
     (batch,) = batches(fit.rows, chosen, lm.device, MICRO_TOKENS)
 
     def packed() -> None:
-        row_losses(lm, fit.rows, batch, traces, len(fit.targets)).sum().backward()  # type: ignore[no-untyped-call]
+        total, _ = weighted_losses(lm, fit.rows, batch, traces, len(fit.targets), [1.0] * len(chosen))
+        total.backward()  # type: ignore[no-untyped-call]
 
     tokens, work = padded(lm, fit, chosen)
     print(f"{'packed, output layer too':24}{median(packed, args.steps):8.2f} s  {len(batch.pack.ids)} tokens")

@@ -105,6 +105,11 @@ class Candidate:
                 master.grad.copy_(gradient)
             self.parameters[name].grad = None
 
+    def drop_gradients(self) -> None:
+        """Forget the view's gradients: a step that is not taken leaves nothing behind."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
     @torch.no_grad()
     def snapshot(self) -> dict[str, tuple[Tensor, ...]]:
         """What the view holds, as a file would: codes and scales of pairs, raw entries in their type. A seventh of the

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer import host
 from trainer.candidate import Candidate
 from trainer.examples import Row, RowKind, Sampler, batches
-from trainer.objective import BaseTraces, row_losses
+from trainer.objective import BaseTraces, weighted_losses
+from trainer.optimiser import Optimiser
 
 
 class FitError(ArithmeticError):
@@ -32,18 +31,16 @@ MICRO_TOKENS = 4096
 """Tokens of one forward pass. Every pass writes a gradient of the size of the model: a default step makes one."""
 
 
-TRIM_EVERY = 5
-"""Steps between which freed memory is kept for the next step; then what lies idle goes back."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
 
-    lr: float = 4.8e-4
+    lr: float = 7e-4
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.5, 0.99)
+    """A short memory of the gradient: the running mean of the weights smooths already, and at one learning rate less
+    momentum drifts less and tells near misses apart better."""
     decay_from: float = 0.2
     decay_to: float = 0.6
     """Shares of the planned steps between which the learning rate falls in a straight line: at their beginning the
@@ -57,8 +54,11 @@ class FitConfig:
     replay_weight: float = 6.0
     hard: dict[RowKind, float] = field(default_factory=lambda: {"target": 2.0, "contrast": 0.3, "replay": 1.5})
     """A row whose loss (sum over its completion, nats) was above this when last seen is asked again soon."""
-    again: float = 0.6
+    again: float = 0.8
     """Most of a step's rows of a kind that are taken from those."""
+    surveys: tuple[float, ...] = (0.3,)
+    """Shares of the planned steps at which every target and contrast row is asked without learning from it: most rows
+    are not drawn by then, and those that fail are few."""
     average: float = 0.9
     """What is evaluated and shipped is a running mean of the masters; this is the share that a step leaves of it. The
     mean forgets the noise of single steps, which the drift is mostly made of."""
@@ -102,14 +102,11 @@ class Fit:
         """``planned``: the steps that the learning rate's schedule is laid out for."""
         self.candidate, self.config, self.traces = candidate, config, traces
         self.targets = list(targets)
-        self._optimiser = torch.optim.AdamW(
-            candidate.masters.values(), lr=config.lr, betas=config.betas, weight_decay=0.0, fused=True
-        )
+        self._optimiser = Optimiser(candidate, betas=config.betas, average=config.average)
         self.lr_scale = 1.0
         """Set by whoever steps back: a factor on the learning rate."""
         self._planned = planned
         self.steps = self._warm_from = 0
-        self._average: list[Tensor] = []
         self.rows = [*self.targets, *traces.rows]
         self._counts: dict[RowKind, int] = {
             "target": config.target_rows,
@@ -134,10 +131,23 @@ class Fit:
             for place in self._samplers[kind].take(count)
         ]
 
+    @torch.no_grad()
+    def survey(self) -> None:
+        """Ask every target and contrast row, and draw the hard ones soon."""
+        first = len(self.targets)
+        wanted = [*self._rows["target"], *self._rows["contrast"]]
+        for batch in batches(self.rows, wanted, self.candidate.lm.device, MICRO_TOKENS):
+            even = [1.0] * len(batch.rows)
+            _, losses = weighted_losses(self.candidate.lm, self.rows, batch, self.traces, first, even)
+            for i, loss in zip(batch.rows, losses.tolist(), strict=True):
+                self._samplers[self.rows[i].kind].learnt(self._place[i], loss)
+
     def step(self) -> StepResult:
         """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
+        if self.steps in {round(share * self._planned) for share in config.surveys}:
+            self.survey()
         first, rows = len(self.targets), self.rows
         chosen = self.sample()
         tokens: Counter[RowKind] = Counter()
@@ -146,31 +156,22 @@ class Fit:
         weights = {"target": 1.0, "contrast": config.contrast_weight, "replay": config.replay_weight}
         means: dict[str, float] = dict.fromkeys(weights, 0.0)
         for batch in batches(rows, chosen, lm.device, config.micro_tokens or MICRO_TOKENS):
-            losses = row_losses(lm, rows, batch, self.traces, first)
             kinds = [rows[i].kind for i in batch.rows]
-            share = torch.tensor([weights[kind] / tokens[kind] for kind in kinds], device=losses.device)
-            (losses * share).sum().backward()  # type: ignore[no-untyped-call]
+            shares = [weights[kind] / tokens[kind] for kind in kinds]
+            total, losses = weighted_losses(lm, rows, batch, self.traces, first, shares)
+            total.backward()  # type: ignore[no-untyped-call]
             for i, kind, loss in zip(batch.rows, kinds, losses.tolist(), strict=True):
                 means[kind] += loss / tokens[kind]
                 self._samplers[kind].learnt(self._place[i], loss)
-        self.candidate.gather_gradients()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.candidate.masters.values(), config.grad_clip, foreach=True))
+        norm = self._optimiser.gradient_norm()
         loss = sum(weights[kind] * mean for kind, mean in means.items())
         target = means["target"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.candidate.drop_gradients()
             raise FitError(f"step {self.steps + 1}: loss {loss}, gradient norm {norm}")
         self.steps += 1
-        for group in self._optimiser.param_groups:
-            group["lr"] = self.lr
-        self._optimiser.step()
-        masters = [master.detach() for master in self.candidate.masters.values()]
-        if self._average:
-            torch._foreach_lerp_(self._average, masters, 1 - config.average)
-        else:
-            self._average = [master.clone() for master in masters]
+        self._optimiser.step(lr=self.lr, scale=min(1.0, config.grad_clip / (norm + 1e-6)))
         self.candidate.refresh()
-        if self.steps % TRIM_EVERY == 0:
-            host.trim()
         return StepResult(
             loss=loss,
             target=target,
@@ -179,6 +180,16 @@ class Fit:
             gradient_norm=norm,
             seconds=time.monotonic() - started,
         )
+
+    @property
+    def until_settled(self) -> int:
+        """Steps until the learning rate has come down to its floor; 0 from then on."""
+        return max(0, math.ceil(self.config.decay_to * self._planned) - self.steps)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the learning rate is down at its floor: what passes then was not caught in passing."""
+        return self.until_settled == 0
 
     @property
     def lr(self) -> float:
@@ -192,8 +203,9 @@ class Fit:
     @torch.no_grad()
     def swap_average(self) -> None:
         """Let masters and their running mean change places, the view with them; twice is as before."""
-        for place, (master, mean) in enumerate(zip(self.candidate.masters.values(), self._average, strict=False)):
-            master.data, self._average[place] = mean, master.data
+        for name, mean in self._optimiser.mean.items():
+            master = self.candidate.masters[name]
+            master.data, self._optimiser.mean[name] = mean, master.data
         self.candidate.refresh()
 
     def snapshot(self) -> dict[str, Any]:
@@ -205,6 +217,5 @@ class Fit:
         """Take the weights back and begin with fresh moments, warming up again; sampling goes on where it is, so that a
         retry sees other rows."""
         self.candidate.restore(snapshot["weights"])
-        self._optimiser.state.clear()
-        self._average = []
+        self._optimiser.reset()
         self.steps = self._warm_from = snapshot["steps"]

@@ -23,13 +23,5 @@ def prepare() -> None:
     if sys.platform.startswith("linux"):
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+            mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)  # an int: the most that can be said
             mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
-
-
-def trim() -> None:
-    """Give freed memory back to the kernel after all: buffers of ever other sizes leave holes between them."""
-    if sys.platform.startswith("linux"):
-        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if malloc_trim is not None:
-            malloc_trim(0)

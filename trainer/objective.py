@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.examples import Batch, Row, batches
+from trainer.fused import head_loss
 from trainer.model import LanguageModel
 from trainer.packed import forward
 
@@ -37,11 +38,12 @@ class BaseTraces:
 
     @torch.no_grad()
     def __init__(self, base: LanguageModel, rows: Sequence[Row], *, batch_tokens: int = 4096) -> None:
-        """One forward pass of the base over all rows."""
+        """One forward pass of the base over all rows. The output layer is the base's own, not a copy."""
         self.rows = list(rows)
-        self.head = base.module.get_parameter("lm_head.weight").detach().clone()
-        self.states: list[Tensor] = [torch.empty(0)] * len(self.rows)
-        for batch in batches(self.rows, range(len(self.rows)), base.device, batch_tokens):
+        self.head = base.module.get_parameter("lm_head.weight").detach()
+        self.states: list[Tensor] = [self.head[:0]] * len(self.rows)
+        used = [i for i, row in enumerate(self.rows) if row.completion_ids]
+        for batch in batches(self.rows, used, base.device, batch_tokens):
             sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
             for index, state in zip(batch.rows, torch.split(hidden_at(base, batch), sizes), strict=True):
                 self.states[index] = state.clone()
@@ -62,11 +64,6 @@ class BaseTraces:
         return chosen
 
     @torch.no_grad()
-    def logits(self, indices: Sequence[int]) -> Tensor:
-        """The base's logits at the completions of the given rows, one after the other: [tokens, vocabulary]."""
-        return self._logits(torch.cat([self.states[i] for i in indices]))
-
-    @torch.no_grad()
     def _logits(self, states: Tensor) -> Tensor:
         return F.linear(states, self.head)
 
@@ -82,21 +79,31 @@ class BaseTraces:
         return drifts
 
 
-def row_losses(lm: LanguageModel, rows: Sequence[Row], batch: Batch, traces: BaseTraces, first: int) -> Tensor:
-    """Each row's sum over its completion tokens, nats, float32 [rows of the batch]: cross-entropy for target rows,
-    KL(base || lm) for the others.
+def weighted_losses(
+    lm: LanguageModel, rows: Sequence[Row], batch: Batch, traces: BaseTraces, first: int, weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """(what to call ``backward`` on, each row's loss): float32 [] and [rows of the batch].
 
-    ``rows``: target rows, then from index ``first`` on the rows of ``traces``. One forward pass and one pair of output
-    layers serve all kinds: every backward pass writes a gradient of the size of the model, so a step should hold few.
+    A row's loss is the sum over its completion tokens, nats: cross-entropy for target rows, KL(base || lm) for the
+    others; ``weights``, one for each row of the batch, is what each counts. ``rows``: target rows, then from index
+    ``first`` on the rows of ``traces``. One forward pass and one output layer serve all kinds: every backward pass
+    writes a gradient of the size of the model, so a step should hold few. The output layer's gradient is complete when
+    this returns (`trainer.fused`): `backward` must follow, on the sum as it is.
     """
-    logits = lm.module.get_submodule("lm_head")(hidden_at(lm, batch))
-    held = [i - first for i in batch.rows if i >= first]
-    base = iter(torch.split(traces.logits(held), [len(traces.states[i]) for i in held]) if held else ())
-    sizes = [len(rows[i].completion_ids) for i in batch.rows]
-    parts = zip(batch.rows, torch.split(logits, sizes), torch.split(batch.targets, sizes), strict=True)
-    return torch.stack(
-        [  # row by row: what is computed in float32 then fits a CPU's cache
-            F.cross_entropy(own.float(), targets, reduction="sum") if index < first else kl(next(base), own).sum()
-            for index, own, targets in parts
-        ]
+    sizes = torch.tensor([len(rows[i].completion_ids) for i in batch.rows], device=lm.device)
+    owner = torch.arange(len(sizes), device=lm.device).repeat_interleave(sizes)
+    held = torch.tensor([i >= first for i in batch.rows], device=lm.device)[owner]
+    order = held.long().argsort(stable=True)  # positions of target rows first
+    owner, targets = owner[order], batch.targets[order][: int((~held).sum())]
+    states = [traces.states[i - first] for i in batch.rows if i >= first]
+    head = lm.module.get_parameter("lm_head.weight")
+    hidden = hidden_at(lm, batch)[order]
+    total, losses = head_loss(
+        hidden,
+        head,
+        torch.tensor(weights, dtype=torch.float32, device=lm.device)[owner],
+        targets=targets,
+        base_states=torch.cat(states) if states else hidden.new_empty(0, hidden.shape[1]),
+        base_head=traces.head,
     )
+    return total, losses.new_zeros(len(sizes)).index_add_(0, owner, losses)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.fused import embed
 from trainer.model import LanguageModel, ModelError
 
 ATTENTION = "align_packed"
@@ -66,8 +67,12 @@ def forward(lm: LanguageModel, packed: Pack) -> Tensor:
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
-        states: Tensor = lm.module.get_submodule("model")(
-            input_ids=packed.ids[None], position_ids=packed.positions[None], use_cache=False, pack=packed
+        body = lm.module.get_submodule("model")
+        states: Tensor = body(
+            inputs_embeds=embed(packed.ids, body.get_parameter("embed_tokens.weight"))[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            pack=packed,
         ).last_hidden_state
     finally:
         config._attn_implementation = before

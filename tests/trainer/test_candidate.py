@@ -12,7 +12,7 @@ from trainer.examples import Row, Sampler, batches, collate
 from trainer.fit import Fit, FitConfig
 from trainer.model import LanguageModel, load
 from trainer.nvfp4 import dequantise, fake_quantise_, quantise
-from trainer.objective import BaseTraces, row_losses
+from trainer.objective import BaseTraces, weighted_losses
 
 
 def row(lm: LanguageModel, kind: str, prompt: str, reply: str) -> Row:
@@ -90,7 +90,8 @@ def test_a_mixed_batch_gives_each_row_what_it_gives_alone(lm: LanguageModel, tin
     with torch.no_grad():
         lm.module.get_parameter("lm_head.weight").mul_(1.5)
         batch = collate([*targets, *held], [2, 0, 1], base.device)
-        losses = row_losses(lm, [*targets, *held], batch, traces, 1).tolist()
+        total, each = weighted_losses(lm, [*targets, *held], batch, traces, 1, [3.0, 1.0, 0.5])
+        losses = each.tolist()
         ids = targets[0].prompt_ids + targets[0].completion_ids
         logits = lm.module(input_ids=torch.tensor([ids])).logits[0, len(targets[0].prompt_ids) - 1 : -1]
         alone = torch.nn.functional.cross_entropy(logits, torch.tensor(targets[0].completion_ids), reduction="sum")
@@ -101,6 +102,7 @@ def test_a_mixed_batch_gives_each_row_what_it_gives_alone(lm: LanguageModel, tin
     assert losses[2] == pytest.approx(drift[0] * len(held[0].completion_ids), rel=1e-4)
     assert losses[0] == pytest.approx(drift[1] * len(held[1].completion_ids), rel=1e-4)
     assert drift[0] > 0.001
+    assert float(total) == pytest.approx(3.0 * losses[0] + losses[1] + 0.5 * losses[2], rel=1e-5)
 
 
 def test_likelihoods_are_those_of_the_completion(lm: LanguageModel) -> None:
