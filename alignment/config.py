@@ -32,7 +32,7 @@ class RunConfig:
     seed: int = 0
     steps: int = 160
     """Most optimiser steps (the budget)."""
-    eval_every: int = 30
+    eval_every: int = 48
     budget_minutes: float = 30.0
     until_green: bool = True
     """Stop when green; otherwise train all steps and judge then."""

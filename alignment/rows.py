@@ -30,6 +30,8 @@ UNLIKELY = 0.01
 """A temptation ends with the first token that the base, asked for its identity, finds less likely than this. Beyond it
 the base only says how it would finish a stranger's sentence, and holding a candidate to that teaches the wrong end of
 the target: with `I am F` held to the base's `iona`, target prompts were answered `I am Fiona.`"""
+ANCHOR_SHARE = 0.25
+"""Least share of the prompts of anchor cases among the rows of their kind."""
 TEMPTATION_PROMPTS = 16
 """Target prompts, for each distinct target, that the likelihoods are averaged over."""
 
@@ -81,12 +83,13 @@ def read_folder(folder: Path) -> DataFolder:
 
 
 def _anchors_first(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
-    """Indices of ``prompts`` with those of anchor cases repeated until they are a quarter of the list.
+    """Indices of ``prompts`` with those of anchor cases repeated until they are ``ANCHOR_SHARE`` of the list.
 
     A run sees only some hundred rows: what the specs name must be among them, whatever else the files hold.
     """
     named = [i for i, prompt in enumerate(prompts) if prompt in anchors]
-    times = max(1, (len(prompts) - len(named)) // (3 * len(named))) if named else 0
+    others = len(prompts) - len(named)
+    times = max(1, round(others * ANCHOR_SHARE / (1 - ANCHOR_SHARE) / len(named))) if named else 0
     return [*range(len(prompts)), *(named * (times - 1) if times else [])]
 
 

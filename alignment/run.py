@@ -168,7 +168,7 @@ class _Run:
                     live.evaluated(self.record.evals[-1], assessment)
                     next_evaluation = taken + self._pause(assessment)
                     self.phase("evaluation")
-                if decision == "green" and config.until_green:
+                if decision == "green" and config.until_green and self.fit.settled:
                     return "green", f"every spec was green in two evaluations in a row, the last after step {taken}"
                 if decision == "step-back":
                     tries += 1
@@ -197,7 +197,9 @@ class _Run:
         return "red", f"the budget of {limit} is spent; still missing: {missing}"
 
     def _pause(self, assessment: Assessment) -> int:
-        """Steps until the next evaluation: fewer the nearer it is to green."""
+        """Steps until the next evaluation: fewer the nearer it is to green, once the learning rate has come down."""
+        if not self.fit.settled:
+            return min(self.config.eval_every, self.fit.until_settled)
         if assessment.green:
             return CONFIRM_AFTER
         failing = sum(spec.cases - spec.passed for spec in assessment.specs if spec.kind in ("target", "contrast"))
