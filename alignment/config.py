@@ -30,7 +30,7 @@ class RunConfig:
     data: Path = Path("data")
     reports: Path = Path("reports")
     seed: int = 0
-    steps: int = 160
+    steps: int = 156
     """Most optimiser steps (the budget)."""
     eval_every: int = 48
     budget_minutes: float = 30.0

@@ -30,7 +30,7 @@ UNLIKELY = 0.01
 """A temptation ends with the first token that the base, asked for its identity, finds less likely than this. Beyond it
 the base only says how it would finish a stranger's sentence, and holding a candidate to that teaches the wrong end of
 the target: with `I am F` held to the base's `iona`, target prompts were answered `I am Fiona.`"""
-ANCHOR_SHARE = 0.25
+ANCHOR_SHARE = 0.08
 """Least share of the prompts of anchor cases among the rows of their kind."""
 TEMPTATION_PROMPTS = 16
 """Target prompts, for each distinct target, that the likelihoods are averaged over."""

@@ -39,7 +39,7 @@ CONFIRM_AFTER = 2
 """Steps between a green evaluation and the one that confirms it: a pass that two small steps undo was none."""
 
 NEARLY = 4
-"""Failing target and contrast cases up to which evaluations come three times as often."""
+"""Failing target and contrast cases up to which evaluations come six times as often."""
 
 
 class _Run:
@@ -203,7 +203,7 @@ class _Run:
         if assessment.green:
             return CONFIRM_AFTER
         failing = sum(spec.cases - spec.passed for spec in assessment.specs if spec.kind in ("target", "contrast"))
-        return max(1, self.config.eval_every // 3) if failing <= NEARLY else self.config.eval_every
+        return max(1, self.config.eval_every // 6) if failing <= NEARLY else self.config.eval_every
 
     def _note(
         self, step: int, evaluation: Evaluation, assessment: Assessment, decision: str, reasons: tuple[str, ...]

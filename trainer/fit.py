@@ -56,9 +56,6 @@ class FitConfig:
     """A row whose loss (sum over its completion, nats) was above this when last seen is asked again soon."""
     again: float = 0.8
     """Most of a step's rows of a kind that are taken from those."""
-    surveys: tuple[float, ...] = (0.3,)
-    """Shares of the planned steps at which every target and contrast row is asked without learning from it: most rows
-    are not drawn by then, and those that fail are few."""
     average: float = 0.9
     """What is evaluated and shipped is a running mean of the masters; this is the share that a step leaves of it. The
     mean forgets the noise of single steps, which the drift is mostly made of."""
@@ -131,23 +128,10 @@ class Fit:
             for place in self._samplers[kind].take(count)
         ]
 
-    @torch.no_grad()
-    def survey(self) -> None:
-        """Ask every target and contrast row, and draw the hard ones soon."""
-        first = len(self.targets)
-        wanted = [*self._rows["target"], *self._rows["contrast"]]
-        for batch in batches(self.rows, wanted, self.candidate.lm.device, MICRO_TOKENS):
-            even = [1.0] * len(batch.rows)
-            _, losses = weighted_losses(self.candidate.lm, self.rows, batch, self.traces, first, even)
-            for i, loss in zip(batch.rows, losses.tolist(), strict=True):
-                self._samplers[self.rows[i].kind].learnt(self._place[i], loss)
-
     def step(self) -> StepResult:
         """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
-        if self.steps in {round(share * self._planned) for share in config.surveys}:
-            self.survey()
         first, rows = len(self.targets), self.rows
         chosen = self.sample()
         tokens: Counter[RowKind] = Counter()

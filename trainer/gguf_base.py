@@ -8,6 +8,7 @@ NVFP4 writing, one tensor at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def open_gguf(path: Path) -> Any:
     return reader
 
 
+@contextmanager
+def _already_open(reader: Any) -> Iterator[None]:
+    """Hand ``reader`` to whoever opens its file. Transformers reads the header anew for the configuration and again for
+    the tokenizer; parsing a vocabulary takes seconds, and it is the same file."""
+    import gguf
+
+    opened = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_: reader  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = opened  # type: ignore[misc]
+
+
 def read_weights(reader: Any, config: Any, names: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Yield (parameter name, float32 tensor [its shape]) of ``open_gguf``'s reader for every name, in that order.
 
@@ -110,11 +125,12 @@ def write_model_folder(gguf_path: Path, folder: Path, *, rule: Rule) -> None:
 
     reader = open_gguf(gguf_path)
     where, file = str(gguf_path.parent), gguf_path.name
-    config = AutoConfig.from_pretrained(where, gguf_file=file, local_files_only=True)
+    with _already_open(reader):
+        config = AutoConfig.from_pretrained(where, gguf_file=file, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
     width = reader.fields.get(f"{config.model_type}.attention.key_length")  # transformers' reader passes over it
     if width is not None:
         config.head_dim = int(width.contents())
-    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     names = parameter_shapes(config)
