@@ -30,9 +30,9 @@ class RunConfig:
     data: Path = Path("data")
     reports: Path = Path("reports")
     seed: int = 0
-    steps: int = 156
+    steps: int = 330
     """Most optimiser steps (the budget)."""
-    eval_every: int = 48
+    eval_every: int = 66
     budget_minutes: float = 30.0
     until_green: bool = True
     """Stop when green; otherwise train all steps and judge then."""

@@ -35,7 +35,7 @@ MICRO_TOKENS = 4096
 class FitConfig:
     """How a step is made. Defaults are the measured ones (docs/experiments.md)."""
 
-    lr: float = 7e-4
+    lr: float = 5e-4
     warmup: int = 5
     """Steps over which the learning rate rises to ``lr``: the first Adam steps move every weight coherently."""
     betas: tuple[float, float] = (0.5, 0.99)
