@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from alignment.dat_cli import app as dat_app
 from alignment.gate import EXIT_CODES, USAGE_ERROR
 from alignment.show import harmless
 from trainer import host
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=False, help="Known bases: list them, make a model folder of one.")
 app.add_typer(models_app, name="models")
+app.add_typer(dat_app, name="dat")
 
 MODELS = Path("models")
 ModelsOption = Annotated[Path, typer.Option("--models", help="Folder that holds the model folders.")]

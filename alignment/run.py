@@ -29,6 +29,7 @@ from alignment.record import EvalRecord, RunRecord, StepRecord
 from alignment.rows import base_rows, read_folder, target_rows
 from alignment.suite import collect, refuse_leaks
 from alignment.view import View
+from trainer import host
 from trainer.candidate import Candidate, changed_groups
 from trainer.files import sha256_file
 from trainer.fit import Fit, FitError
@@ -167,6 +168,7 @@ class _Run:
                     self._note(taken, evaluation, assessment, decision, reasons)
                     live.evaluated(self.record.evals[-1], assessment)
                     next_evaluation = taken + self._pause(assessment)
+                    host.trim()
                     self.phase("evaluation")
                 if decision == "green" and config.until_green and self.fit.settled:
                     return "green", f"every spec was green in two evaluations in a row, the last after step {taken}"

@@ -88,6 +88,14 @@ class InvalidBoolError(DatError):
     """A bool entry holds a byte other than 0 and 1."""
 
 
+class NonFiniteValueError(DatError):
+    """A stored value, or a scale, is NaN or infinite."""
+
+
+class NegativeScaleError(DatError):
+    """A scale is negative: no exporter writes one, so the byte was damaged."""
+
+
 class PairError(DatError):
     """An NVFP4 entry has no partner, or the two do not fit each other."""
 

@@ -25,3 +25,13 @@ def prepare() -> None:
         if mallopt is not None:
             mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)  # an int: the most that can be said
             mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+
+
+def trim() -> None:
+    """Give freed memory back to the kernel after all. Buffers of ever other sizes leave holes between them: without it
+    a run of 200 steps on SmolLM2 grows from 5.5 to 8 GiB. The next step pays for it in page faults, so once in a while.
+    """
+    if sys.platform.startswith("linux"):
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)

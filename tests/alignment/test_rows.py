@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.rows import UNLIKELY, DataFolder, _shared_tail, _temptations
+from alignment.rows import ANCHOR_SHARE, UNLIKELY, DataFolder, _anchors_first, _shared_tail, _temptations
 from trainer.fit import Fit, FitConfig
 from trainer.model import load
 
@@ -51,3 +51,22 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
     assert found == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.25, 0.25])
     fit.steps, fit._warm_from, fit.lr_scale = 42, 40, 0.5
     assert fit.lr == pytest.approx(0.5 * 0.5 * 0.45)
+    assert (fit.until_settled, fit.settled) == (18, False)
+    fit.steps = 60
+    assert (fit.until_settled, fit.settled) == (0, True)
+
+
+@pytest.mark.parametrize(("count", "named"), [(600, 10), (600, 1), (20, 10), (20, 0), (0, 4)])
+def test_anchors_have_their_share_and_no_prompt_is_left_out(count: int, named: int) -> None:
+    prompts = [f"row {i}" for i in range(count)] + [f"anchor {i}" for i in range(named)]
+    anchors = frozenset(prompts[count:]) | {"in no file"}
+    found = [prompts[i] for i in _anchors_first(prompts, anchors)]
+    assert set(found) == set(prompts)
+    assert sum(prompt not in anchors for prompt in found) == count
+    times = {found.count(prompt) for prompt in anchors & set(prompts)}
+    assert len(times) <= 1, "anchors are repeated alike"
+    if count == 600:
+        repeated = sum(prompt in anchors for prompt in found)
+        assert abs(repeated - ANCHOR_SHARE * len(found)) <= named
+    else:
+        assert len(found) == len(prompts), "what has its share is not repeated"

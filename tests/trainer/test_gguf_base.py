@@ -65,6 +65,21 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     assert TOKENS.index("<|im_end|>") in lm.stop_ids
 
 
+def test_a_file_is_parsed_once_and_the_reader_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path: Any, *rest: Any) -> None:
+            opened.append(path)
+            super().__init__(path, *rest)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    path = write_gguf(tmp_path / "x.gguf", tiny("llama", tied=True))
+    imported(path, tmp_path / "folder")
+    assert opened == [path]
+    assert gguf.GGUFReader is Counting
+
+
 def test_quantised_tensors_are_decoded(tmp_path: Path) -> None:
     """Q8_0 holds blocks of 32 values as int8 x float16; here each is a multiple of a 127th of its block's largest."""
     model = tiny("llama", tied=False)

@@ -1,0 +1,141 @@
+"""What differs between two `.dat` files, group by group.
+
+    difference = diff(Path("base.dat"), Path("x.dat"))
+    difference.groups[0].codes_changed, difference.groups[0].relative_change, difference.odd
+
+A group is a tensor's name without its layer number: `model.layers.N.mlp.up_proj.weight`. Values are compared as they are
+stored; one tensor of each file is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer import dat_errors as err
+from trainer.dat import DatReader, Pair
+from trainer.nvfp4 import NonFiniteError, dequantise
+
+
+@dataclass(kw_only=True)
+class Group:
+    """The differences in one group of tensors that both files hold with one layout."""
+
+    name: str
+    tensors: int = 0
+    parameters: int = 0
+    codes_changed: int = 0
+    """4-bit codes, or elements of a tensor that is stored as it is, that differ."""
+    scales_changed: int = 0
+    """Scales that differ; a block's codes may be the same beside them."""
+    squared_change: float = 0.0
+    squared_before: float = 0.0
+
+    @property
+    def relative_change(self) -> float:
+        """2-norm of the difference of the decoded values over that of the first file's; infinite from zero on."""
+        if not self.squared_change:
+            return 0.0
+        return math.sqrt(self.squared_change / self.squared_before) if self.squared_before else math.inf
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.codes_changed or self.scales_changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Two files compared."""
+
+    groups: tuple[Group, ...]
+    """In the order of the first file."""
+    odd: tuple[str, ...]
+    """Tensors that only one file holds, or that the two store in another type or shape: sentences."""
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.odd) or any(group.changed for group in self.groups)
+
+
+def group_name(tensor: str) -> str:
+    """The tensor's name without its layer number."""
+    return ".".join("N" if piece.isdigit() else piece for piece in tensor.split("."))
+
+
+def diff(first: Path, second: Path) -> Difference:
+    """Compare two files tensor by tensor. Raises DatError and OSError."""
+    groups: dict[str, Group] = {}
+    odd: list[str] = []
+    with DatReader(first) as a, DatReader(second) as b:
+        left, right = _tensors(a), _tensors(b)
+        for name, entries in left.items():
+            if name not in right:
+                odd.append(f"{name}: only in {first}")
+                continue
+            ours, theirs = _layout(a, entries), _layout(b, right[name])
+            if ours != theirs:
+                odd.append(f"{name}: {ours} in {first}, {theirs} in {second}")
+                continue
+            group = groups.setdefault(group_name(name), Group(name=group_name(name)))
+            _compare(group, a, entries, b, right[name])
+        odd += [f"{name}: only in {second}" for name in right if name not in left]
+    return Difference(groups=tuple(groups.values()), odd=tuple(odd))
+
+
+def _tensors(reader: DatReader) -> dict[str, Pair | str]:
+    """Every tensor by its name in a model: a pair, or the name of the entry that holds it."""
+    pairs = reader.pairs()
+    halves = {entry.name for pair in pairs.values() for entry in (pair.qdata, pair.scale)}
+    owner = {pair.qdata.name: name for name, pair in pairs.items()}
+    return {
+        owner.get(name, name): pairs[owner[name]] if name in owner else name
+        for name in reader.entries
+        if name in owner or name not in halves
+    }
+
+
+def _layout(reader: DatReader, tensor: Pair | str) -> str:
+    if isinstance(tensor, Pair):
+        return f"NVFP4 {list(tensor.shape)} with {tensor.scale.scalar_type.name} scales"
+    entry = reader.entries[tensor]
+    return f"{entry.scalar_type.name} {list(entry.shape)}"
+
+
+def _compare(group: Group, a: DatReader, left: Pair | str, b: DatReader, right: Pair | str) -> None:
+    group.tensors += 1
+    if isinstance(left, Pair) and isinstance(right, Pair):
+        codes = [reader.tensor(pair.qdata.name).view(torch.uint8) for reader, pair in ((a, left), (b, right))]
+        scales = [reader.tensor(pair.scale.name) for reader, pair in ((a, left), (b, right))]
+        both = codes[0] ^ codes[1]
+        group.parameters += 2 * both.numel()
+        group.codes_changed += int((both & 15 != 0).sum() + (both >> 4 != 0).sum())
+        group.scales_changed += _unequal(*scales)
+        try:
+            _add_norms(group, *(dequantise(c, s, dtype=torch.float32) for c, s in zip(codes, scales, strict=True)))
+        except NonFiniteError as error:
+            raise err.NonFiniteValueError(str(error), entry=left.name, advice="`align dat verify` says where") from error
+    elif isinstance(left, str) and isinstance(right, str):
+        values = a.tensor(left), b.tensor(right)
+        group.parameters += values[0].numel()
+        group.codes_changed += _unequal(*values)
+        if not values[0].dtype.is_complex:
+            _add_norms(group, *values)
+
+
+def _unequal(a: Tensor, b: Tensor) -> int:
+    """Elements whose bytes differ: a NaN equals itself, -0 is not 0."""
+    if not a.numel():
+        return 0
+    width = a.element_size()
+    left, right = (t.reshape(-1).contiguous().view(torch.uint8).view(-1, width) for t in (a, b))
+    return int((left != right).any(1).sum())
+
+
+def _add_norms(group: Group, before: Tensor, after: Tensor) -> None:
+    # In double: sums of squares of small float16 values underflow, those of large ones overflow.
+    group.squared_before += float(before.double().square().sum())
+    group.squared_change += float((after.double() - before.double()).square().sum())
