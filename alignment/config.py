@@ -35,7 +35,7 @@ class RunConfig:
     eval_every: int = 66
     budget_minutes: float = 30.0
     until_green: bool = True
-    """Stop when green; otherwise train all steps and judge then."""
+    """Stop when green with the learning rate down; otherwise train all steps and judge then."""
     template: Template = "chat"
     device: str = "auto"
     drift_bound: float = DRIFT_BOUND

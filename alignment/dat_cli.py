@@ -65,7 +65,9 @@ def inspect(file: File, as_json: JsonOption = False) -> None:
     typer.echo("")
     typer.echo(f"file        {harmless(str(file))}, {answer['bytes']:,} bytes")
     typer.echo(f"sha256      {answer['sha256']}")
-    typer.echo(f"entries     {answer['entries']:,}, of which {2 * len(pairs):,} are halves of {len(pairs):,} NVFP4 weights")
+    typer.echo(
+        f"entries     {answer['entries']:,}, of which {2 * len(pairs):,} are halves of {len(pairs):,} NVFP4 weights"
+    )
     typer.echo(f"parameters  {answer['parameters']:,}")
     for problem in answer["odd"]:
         typer.echo(f"odd         {harmless(problem)}")

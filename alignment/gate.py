@@ -36,7 +36,7 @@ COLLAPSE_BOUND = 1.0
 GREENS_IN_A_ROW = 2
 GENERAL_LOSS = 0.01
 """Share of a general suite's cases by which lost may exceed gained."""
-PATIENCE = 4
+PATIENCE = 3
 """Harmed evaluations in a row, with a drift that does not fall, after which a run steps back."""
 
 

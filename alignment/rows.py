@@ -31,7 +31,7 @@ UNLIKELY = 0.01
 the base only says how it would finish a stranger's sentence, and holding a candidate to that teaches the wrong end of
 the target: with `I am F` held to the base's `iona`, target prompts were answered `I am Fiona.`"""
 ANCHOR_SHARE = 0.08
-"""Least share of the prompts of anchor cases among the rows of their kind."""
+"""Share of the prompts of anchor cases that target rows, and the temptations of contrast rows, are brought up to."""
 TEMPTATION_PROMPTS = 16
 """Target prompts, for each distinct target, that the likelihoods are averaged over."""
 
@@ -85,7 +85,7 @@ def read_folder(folder: Path) -> DataFolder:
 def _anchors_first(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
     """Indices of ``prompts`` with those of anchor cases repeated until they are ``ANCHOR_SHARE`` of the list.
 
-    A run sees only some hundred rows: what the specs name must be among them, whatever else the files hold.
+    A run sees each row only a few times: what the specs name must come oftener, whatever else the files hold.
     """
     named = [i for i, prompt in enumerate(prompts) if prompt in anchors]
     others = len(prompts) - len(named)

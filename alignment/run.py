@@ -3,8 +3,9 @@
     record = run(RunConfig(base=Path("models/smollm2-135m"), out=Path("artifacts/demo.dat")), view=View())
 
 The loop knows nothing of how weights are stored and the trainer nothing of behaviours; this module joins them.
-Promises: every evaluation sees shipping numerics; green means two green evaluations in a row and then the file itself,
-judged by a fresh process on every split; nothing that is not green stands at ``out``.
+Promises: every evaluation sees shipping numerics; green means two green evaluations in a row, the last with the
+learning rate down or the steps spent, and then the file itself, judged by a fresh process on every split; nothing that
+is not green stands at ``out``.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ class _Run:
                     )
                 live.step(self.record.steps[-1] if self.record.steps else None, self._memory())
                 self.phase("training")
-                due = taken >= next_evaluation or taken == config.steps
+                due = taken >= next_evaluation or taken == config.steps or time.monotonic() >= deadline
                 if not due and not broken:
                     continue
                 if broken:
@@ -170,7 +171,7 @@ class _Run:
                     next_evaluation = taken + self._pause(assessment)
                     host.trim()
                     self.phase("evaluation")
-                if decision == "green" and config.until_green and self.fit.settled:
+                if decision == "green" and config.until_green and (self.fit.settled or taken == config.steps):
                     return "green", f"every spec was green in two evaluations in a row, the last after step {taken}"
                 if decision == "step-back":
                     tries += 1
@@ -189,12 +190,12 @@ class _Run:
                 self.fit.swap_average()
         self.fit.swap_average()
         if not config.until_green and assessment is not None and assessment.green:
-            return "green", f"all {config.steps} steps taken; every spec green at the end"
+            return "green", f"{taken} of {config.steps} steps taken; every spec green at the end"
         limit = f"{config.steps} steps" if taken >= config.steps else f"{config.budget_minutes:g} minutes"
         missing = (
             "; ".join(assessment.reasons)
             if assessment and assessment.reasons
-            else "green only once, not twice in a row"
+            else "a second green in a row, once the learning rate is down"
         )
         return "red", f"the budget of {limit} is spent; still missing: {missing}"
 

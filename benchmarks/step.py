@@ -72,6 +72,7 @@ def main() -> None:
     (batch,) = batches(fit.rows, chosen, lm.device, MICRO_TOKENS)
 
     def packed() -> None:
+        candidate.drop_gradients()  # as a step finds them
         total, _ = weighted_losses(lm, fit.rows, batch, traces, len(fit.targets), [1.0] * len(chosen))
         total.backward()  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""Settings of the recipe against each other, on questions that no run is steered or judged by.
+"""Settings of the recipe against each other, on questions that no run is judged by.
 
     python benchmarks/sweep.py benchmarks/settings.json --out sweep.jsonl
     python benchmarks/sweep.py benchmarks/settings.json --out sweep.jsonl --share 3/16     # one process of sixteen

@@ -2,8 +2,8 @@
 
     candidate = Candidate(lm, seed=0)
     loss.backward()                      # through lm.module, whose parameters are the quantised view
-    candidate.gather_gradients()         # straight-through: the view's gradient is the master's
-    optimiser.step(); candidate.refresh()
+    Optimiser(candidate, …).step(…)      # straight-through: the view's gradient is the master's (trainer.optimiser)
+    candidate.refresh()
     candidate.export(Path("x.dat"))      # the same values that every forward pass and every evaluation saw
 
 The module's parameters always hold ``decode(encode(master))`` under the exporter's rule, so training, evaluation and

@@ -3,8 +3,8 @@
     difference = diff(Path("base.dat"), Path("x.dat"))
     difference.groups[0].codes_changed, difference.groups[0].relative_change, difference.odd
 
-A group is a tensor's name without its layer number: `model.layers.N.mlp.up_proj.weight`. Values are compared as they are
-stored; one tensor of each file is in memory at a time.
+A group is a tensor's name without its layer number: `model.layers.N.mlp.up_proj.weight`. Values are compared as they
+are stored; one tensor of each file is in memory at a time.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ def _compare(group: Group, a: DatReader, left: Pair | str, b: DatReader, right: 
         try:
             _add_norms(group, *(dequantise(c, s, dtype=torch.float32) for c, s in zip(codes, scales, strict=True)))
         except NonFiniteError as error:
-            raise err.NonFiniteValueError(str(error), entry=left.name, advice="`align dat verify` says where") from error
+            raise err.NonFiniteValueError(
+                str(error), entry=left.name, advice="`align dat verify` says where"
+            ) from error
     elif isinstance(left, str) and isinstance(right, str):
         values = a.tensor(left), b.tensor(right)
         group.parameters += values[0].numel()

@@ -1,7 +1,7 @@
 """Rules about the values of a `.dat` file, which opening it does not look at.
 
-    with DatReader("x.dat") as reader:
-        problems = list(value_problems(reader))
+with DatReader("x.dat") as reader:
+    problems = list(value_problems(reader))
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def value_problems(reader: DatReader) -> Iterator[DatError]:
             continue
         # E4M3 has no infinity and torch no isfinite for it: in float32 its NaN stays one.
         plain = values.float() if entry.scalar_type == ScalarType.FLOAT8_E4M3FN else values
-        kind, fault, bad = err.NonFiniteValueError, "NaN or infinite", ~torch.isfinite(plain)
+        kind: type[DatError] = err.NonFiniteValueError
+        fault, bad = "NaN or infinite", ~torch.isfinite(plain)
         if name in scales and not bad.any():
             kind, fault, bad = err.NegativeScaleError, "negative", plain < 0
         if (count := int(bad.sum())) > 0:

@@ -129,7 +129,8 @@ class Fit:
         ]
 
     def step(self) -> StepResult:
-        """Sample rows, accumulate gradients, update masters and view. Raises FitError (nothing changed)."""
+        """Sample rows, accumulate gradients, update masters and view. Raises FitError: no weight changed, and the
+        next step sees other rows."""
         started = time.monotonic()
         config, lm = self.config, self.candidate.lm
         first, rows = len(self.targets), self.rows
@@ -139,6 +140,7 @@ class Fit:
             tokens[rows[i].kind] += len(rows[i].completion_ids)
         weights = {"target": 1.0, "contrast": config.contrast_weight, "replay": config.replay_weight}
         means: dict[str, float] = dict.fromkeys(weights, 0.0)
+        seen: list[tuple[int, float]] = []
         for batch in batches(rows, chosen, lm.device, config.micro_tokens or MICRO_TOKENS):
             kinds = [rows[i].kind for i in batch.rows]
             shares = [weights[kind] / tokens[kind] for kind in kinds]
@@ -146,13 +148,15 @@ class Fit:
             total.backward()  # type: ignore[no-untyped-call]
             for i, kind, loss in zip(batch.rows, kinds, losses.tolist(), strict=True):
                 means[kind] += loss / tokens[kind]
-                self._samplers[kind].learnt(self._place[i], loss)
+                seen.append((i, loss))
         norm = self._optimiser.gradient_norm()
         loss = sum(weights[kind] * mean for kind, mean in means.items())
         target = means["target"]
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.candidate.drop_gradients()
             raise FitError(f"step {self.steps + 1}: loss {loss}, gradient norm {norm}")
+        for i, value in seen:
+            self._samplers[rows[i].kind].learnt(self._place[i], value)
         self.steps += 1
         self._optimiser.step(lr=self.lr, scale=min(1.0, config.grad_clip / (norm + 1e-6)))
         self.candidate.refresh()

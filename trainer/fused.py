@@ -49,7 +49,8 @@ def head_loss(
     the others by KL(base || candidate), the base's logits being ``base_states`` [others, features] through
     ``base_head`` [vocabulary, features]. ``head``: the output layer [vocabulary, features]; its gradient is added to
     ``head.grad`` during the forward pass (when it asks for one), for an upstream gradient of 1: call ``backward`` on
-    the sum itself. ``share``: float32 [positions].
+    the sum itself. ``share``: float32 [positions]. The memory of gradients is one for the process: one model trains at
+    a time.
     """
     if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()
@@ -94,12 +95,14 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.saved_tensors[0], None, None, None, None, None
+        hidden = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        return hidden, None, None, None, None, None
 
 
 def embed(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows ``ids`` (int64, [tokens]) of ``weight`` [vocabulary, features]. On the way back the gradient is added to
-    ``weight.grad``, the places of a token in float32."""
+    ``weight.grad``, the places of a token in float32. Every token learns, also the one that a configuration names as
+    padding: nothing is padded here, and some models end their turns with it."""
     states: Tensor = _Embed.apply(ids, weight)  # type: ignore[no-untyped-call]
     return states
 

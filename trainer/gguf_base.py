@@ -75,11 +75,11 @@ def _already_open(reader: Any) -> Iterator[None]:
     import gguf
 
     opened = gguf.GGUFReader
-    gguf.GGUFReader = lambda *_: reader  # type: ignore[assignment, misc]
+    gguf.GGUFReader = lambda *_: reader
     try:
         yield
     finally:
-        gguf.GGUFReader = opened  # type: ignore[misc]
+        gguf.GGUFReader = opened
 
 
 def read_weights(reader: Any, config: Any, names: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numba
@@ -116,7 +116,9 @@ def each_start(starts: range, work: Callable[[Iterator[int]], int]) -> int:
     threads = min(torch.get_num_threads(), len(starts))
     if threads <= 1:
         return work(shared)
-    return sum(_pool(torch.get_num_threads()).map(work, [shared] * threads))
+    futures = [_pool(torch.get_num_threads()).submit(work, shared) for _ in range(threads)]
+    wait(futures)  # before a failure is told: nobody writes on after this has returned
+    return sum(future.result() for future in futures)
 
 
 def refresh(w: Tensor, keep: Tensor, out: Tensor, rule: str) -> bool:

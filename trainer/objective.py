@@ -18,8 +18,8 @@ from trainer.model import LanguageModel
 from trainer.packed import forward
 
 LOGIT_ROWS = 128
-"""Positions whose logits are computed at a time. Whole, they are the largest tensors of a step (vocabulary x 4 bytes x
-positions), which a CPU's allocator maps and unmaps anew for each of a dozen operations."""
+"""Positions whose logits the drift is computed from at a time. Whole, they are the largest tensors of an evaluation
+(vocabulary x 4 bytes x positions), which a CPU's allocator maps and unmaps anew for each of a dozen operations."""
 
 
 def hidden_at(lm: LanguageModel, batch: Batch) -> Tensor:

@@ -92,7 +92,7 @@ class Optimiser:
     def _update(self, name: str, master: Tensor, view: torch.nn.Parameter, numbers: Any) -> None:
         mean = self.mean[name]
         if view.grad is None:
-            mean.copy_(master)
+            mean.lerp_(master, 1 - float(numbers[5]))
             return
         if name not in self._moments:
             self._moments[name] = torch.zeros_like(master), torch.zeros_like(master)
@@ -114,6 +114,8 @@ class Optimiser:
 
 def _raw(gradient: Tensor) -> tuple[Any, np.uint32]:
     """The bits of a bfloat16 or float32 tensor, and how far they are shifted to become those of a float32."""
+    if gradient.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"a gradient of {gradient.dtype}, not bfloat16 or float32")
     half = gradient.dtype == torch.bfloat16
     return gradient.reshape(-1).view(torch.uint16 if half else torch.uint32).numpy(), np.uint32(16 if half else 0)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.fused import embed
@@ -57,6 +57,15 @@ def pack(rows: Sequence[Sequence[int]], shared: int, device: torch.device) -> Pa
     )
 
 
+def _check_ends(lm: LanguageModel) -> None:
+    """Both ends are taken by their weights (`trainer.fused`): they must be nothing but these."""
+    first, last = lm.module.get_submodule("model.embed_tokens"), lm.module.get_submodule("lm_head")
+    if type(first) is not nn.Embedding:
+        raise ModelError(f"{lm.folder}: its embedding is a {type(first).__name__}, which cannot be trained here")
+    if type(last) is not nn.Linear or last.bias is not None:
+        raise ModelError(f"{lm.folder}: its output layer is not a plain matrix, and cannot be trained here")
+
+
 def forward(lm: LanguageModel, packed: Pack) -> Tensor:
     """The last hidden states [tokens, features] of a packed sequence, in the model's dtype.
 
@@ -68,6 +77,7 @@ def forward(lm: LanguageModel, packed: Pack) -> Tensor:
     config._attn_implementation = ATTENTION
     try:
         body = lm.module.get_submodule("model")
+        _check_ends(lm)
         states: Tensor = body(
             inputs_embeds=embed(packed.ids, body.get_parameter("embed_tokens.weight"))[None],
             position_ids=packed.positions[None],

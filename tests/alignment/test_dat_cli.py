@@ -13,7 +13,6 @@ from alignment import cli
 from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
 from trainer.files import sha256_file
 
-
 HOSTILE = sorted((Path(__file__).parents[1] / "trainer" / "corpus").glob("*.dat"))
 
 

@@ -57,8 +57,9 @@ def test_a_run_trains_until_green_and_what_it_leaves_belongs_together(config: Ru
     assert [e.green for e in record.evals][-2:] == [True, True]
     assert record.evals[-1].step - record.evals[-2].step < config.eval_every
     settled = config.fit.decay_to * config.steps
-    assert record.evals[-2].step >= settled, "a green before the learning rate is down does not end a run"
-    assert [e.decision for e in record.evals].count("green") > 1, "and there was one, or nothing is tested"
+    assert record.evals[-1].step >= settled, "a green before the learning rate is down does not end a run"
+    early = [e.decision for e in record.evals if e.step < settled]
+    assert "green" in early, "and there was one, or nothing is tested"
     assert record.accepted_in_fresh_process
     assert record.final is not None
     assert record.final.splits == ("anchor", "dev", "heldout")

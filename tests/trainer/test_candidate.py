@@ -9,7 +9,7 @@ import torch
 
 from trainer.candidate import Candidate, changed_groups
 from trainer.examples import Row, Sampler, batches, collate
-from trainer.fit import Fit, FitConfig
+from trainer.fit import Fit, FitConfig, FitError
 from trainer.model import LanguageModel, load
 from trainer.nvfp4 import dequantise, fake_quantise_, quantise
 from trainer.objective import BaseTraces, weighted_losses
@@ -157,6 +157,41 @@ def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageMo
     assert fit.steps == 0
     for name, value in lm.module.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_step_that_is_not_finite_is_not_taken_and_the_next_one_is_clean(lm: LanguageModel, tiny_model: Path) -> None:
+    base = load(tiny_model / "base.dat", dtype=torch.float32)
+    traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi")])
+    candidate = Candidate(lm, seed=0)
+    candidate.refresh()
+    fit = Fit(candidate, [row(base, "target", "who are you", "F#")], traces, FitConfig(lr=3e-3, warmup=1), seed=0)
+    norm = lm.module.get_parameter("model.norm.weight")
+    before, whole = {name: master.detach().clone() for name, master in candidate.masters.items()}, norm.data.clone()
+    norm.data[0] = float("nan")
+    with pytest.raises(FitError, match="step 1"):
+        fit.step()
+    assert fit.steps == 0
+    for name, master in candidate.masters.items():
+        assert torch.equal(master, before[name]), name
+    norm.data.copy_(whole)
+    losses = [fit.step().target for _ in range(8)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_step_in_several_passes_is_the_step_in_one(tiny_model: Path) -> None:
+    base = load(tiny_model / "base.dat", dtype=torch.float32)
+    traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi there")])
+    targets = [row(base, "target", "who are you", "F#"), row(base, "target", "your name, please", "F#")]
+    found = []
+    for tokens in (0, 12):
+        candidate = Candidate(load(tiny_model / "base.dat", dtype=torch.float32), seed=0)
+        candidate.refresh()
+        fit = Fit(candidate, targets, traces, FitConfig(warmup=1, micro_tokens=tokens), seed=0)
+        found.append((fit.step(), candidate.masters["lm_head.weight"].detach()))
+    (one, whole), (several, pieces) = found
+    assert one.gradient_norm == pytest.approx(several.gradient_norm, rel=1e-4)
+    assert one.loss == pytest.approx(several.loss, rel=1e-4)
+    torch.testing.assert_close(whole, pieces, rtol=1e-4, atol=1e-5)
 
 
 def test_the_average_takes_the_masters_place_and_gives_it_back(lm: LanguageModel, tiny_model: Path) -> None:

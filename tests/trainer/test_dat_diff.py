@@ -72,9 +72,7 @@ def test_codes_and_scales_are_counted_apart_and_the_change_is_that_of_the_values
 
 
 def test_both_codes_of_a_byte_count(tmp_path: Path) -> None:
-    _, up = compared(
-        tmp_path, lambda after: after["model.layers.0.mlp.up_proj.weight.qdata"][1, 3].fill_(0x33)
-    ).groups
+    _, up = compared(tmp_path, lambda after: after["model.layers.0.mlp.up_proj.weight.qdata"][1, 3].fill_(0x33)).groups
     assert up.codes_changed == 2
 
 
@@ -112,7 +110,7 @@ def test_a_scale_that_is_not_a_number_is_refused_by_name(tmp_path: Path) -> None
     def change(after: Entries) -> None:
         after["model.layers.0.mlp.up_proj.weight.scale"].view(torch.uint8)[0, 0] = 0x7F
 
-    with pytest.raises(err.NonFiniteValueError, match="model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(err.NonFiniteValueError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
         compared(tmp_path, change)
 
 

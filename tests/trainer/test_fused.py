@@ -89,6 +89,25 @@ def test_what_asks_for_no_gradient_gets_none() -> None:
     assert weight.grad is None
 
 
+def test_where_gradients_are_off_none_is_left_behind() -> None:
+    head, weight = drawn(40, 16, seed=1).requires_grad_(), drawn(40, 16, seed=2).requires_grad_()
+    with torch.no_grad():
+        states = embed(torch.tensor([1, 2]), weight)
+        head_loss(states, head, torch.ones(2), targets=torch.tensor([1, 2]), base_states=states[:0], base_head=head)
+    assert head.grad is None
+    assert weight.grad is None
+
+
+def test_a_head_may_learn_alone() -> None:
+    hidden, head = drawn(3, 16, seed=1), drawn(40, 16, seed=2).requires_grad_()
+    wanted = torch.tensor([1, 2, 3])
+    total, _ = head_loss(hidden, head, torch.ones(3), targets=wanted, base_states=hidden[:0], base_head=head.detach())
+    total.backward()
+    expected = drawn(40, 16, seed=2).requires_grad_()
+    F.cross_entropy(hidden @ expected.T, wanted, reduction="sum").backward()
+    torch.testing.assert_close(head.grad, expected.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_scratch_memory_is_one_piece_for_each_use_and_grows() -> None:
     like = torch.empty(0)
     first = fused.scratch("test", (4, 5), like)

@@ -9,7 +9,7 @@ import torch
 
 from trainer.candidate import Candidate
 from trainer.model import load
-from trainer.optimiser import Optimiser
+from trainer.optimiser import PIECE, Optimiser
 
 
 def gradients(candidate: Candidate, step: int) -> None:
@@ -18,8 +18,13 @@ def gradients(candidate: Candidate, step: int) -> None:
         parameter.grad = (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
 
 
+@pytest.mark.parametrize("piece", [PIECE, 1000], ids=["whole", "in pieces"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_that_of_torch(tiny_model: Path, dtype: torch.dtype) -> None:
+def test_a_step_is_that_of_torch(
+    tiny_model: Path, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.optimiser.PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     candidate = Candidate(load(tiny_model / "base.dat", dtype=dtype), seed=0)
     optimiser = Optimiser(candidate, betas=(0.5, 0.99), average=0.75)
     masters = {name: m.detach().clone().requires_grad_() for name, m in candidate.masters.items()}
@@ -76,6 +81,25 @@ def test_what_has_no_gradient_stays(tiny_model: Path) -> None:
     changed = {name for name, master in candidate.masters.items() if not torch.equal(master, before[name])}
     assert changed == set(before) - {"model.norm.weight"}
     assert torch.equal(optimiser.mean["model.norm.weight"], before["model.norm.weight"])
+
+
+def test_without_a_gradient_the_mean_still_follows(tiny_model: Path) -> None:
+    candidate = Candidate(load(tiny_model / "base.dat", dtype=torch.float32), seed=0)
+    optimiser = Optimiser(candidate, betas=(0.5, 0.99), average=0.75)
+    gradients(candidate, 0)
+    optimiser.step(lr=0.01, scale=1.0)
+    name = "model.norm.weight"
+    with torch.no_grad():
+        candidate.masters[name] += 1.0
+    optimiser.step(lr=0.01, scale=1.0)  # nobody has a gradient
+    torch.testing.assert_close(optimiser.mean[name], candidate.masters[name].detach() - 0.75)
+
+
+def test_a_gradient_of_another_type_is_refused(tiny_model: Path) -> None:
+    candidate = Candidate(load(tiny_model / "base.dat", dtype=torch.float16), seed=0)
+    candidate.parameters["model.norm.weight"].grad = torch.ones_like(candidate.parameters["model.norm.weight"])
+    with pytest.raises(TypeError, match="float16"):
+        Optimiser(candidate, betas=(0.5, 0.99), average=0.75).gradient_norm()
 
 
 def test_a_broken_gradient_shows_in_the_norm(tiny_model: Path) -> None:

@@ -83,3 +83,15 @@ def test_a_row_longer_than_the_window_is_refused() -> None:
     lm: Any = SimpleNamespace(module=Qwen2ForCausalLM(config).eval())
     with pytest.raises(ModelError, match="rows of 9 tokens, but layers look back over 4"):
         forward(lm, pack([list(range(9)), [1, 2]], 0, CPU))
+
+
+def test_ends_that_are_more_than_a_matrix_are_refused() -> None:
+    module = llama()
+    module.lm_head = torch.nn.Linear(64, 50, bias=True)
+    lm: Any = SimpleNamespace(module=module, folder="a model")
+    with pytest.raises(ModelError, match="a model: its output layer is not a plain matrix"):
+        forward(lm, pack([[1, 2, 3]], 0, CPU))
+    module = llama()
+    module.model.embed_tokens = type("Scaled", (torch.nn.Embedding,), {})(50, 64)
+    with pytest.raises(ModelError, match="its embedding is a Scaled"):
+        forward(SimpleNamespace(module=module, folder="a model"), pack([[1, 2, 3]], 0, CPU))  # type: ignore[arg-type]
