@@ -153,13 +153,12 @@ def assessment(word: str) -> Assessment:
         ("green green", "go-on green"),
         ("green red green green", "go-on go-on go-on green"),
         ("harmed harmed", "go-on go-on"),
-        ("harmed harmed harmed", "go-on go-on go-on"),
-        ("harmed harmed harmed harmed", "go-on go-on go-on step-back"),
+        ("harmed harmed harmed", "go-on go-on step-back"),
         ("harmed red harmed", "go-on go-on go-on"),
         ("harmed green harmed", "go-on go-on go-on"),
         ("collapsed", "step-back"),
         ("green collapsed green green", "go-on step-back go-on green"),
-        ("harmed harmed harmed harmed harmed", "go-on go-on go-on step-back go-on"),
+        ("harmed harmed harmed harmed", "go-on go-on step-back go-on"),
     ],
 )
 def test_history(story: str, decisions: str) -> None:

@@ -178,7 +178,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_next_one_is_clean(lm: La
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_a_step_in_several_passes_is_the_step_in_one(tiny_model: Path) -> None:
+def test_several_passes_gather_the_gradient_of_one(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = load(tiny_model / "base.dat", dtype=torch.float32)
     traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi there")])
     targets = [row(base, "target", "who are you", "F#"), row(base, "target", "your name, please", "F#")]
@@ -187,11 +187,16 @@ def test_a_step_in_several_passes_is_the_step_in_one(tiny_model: Path) -> None:
         candidate = Candidate(load(tiny_model / "base.dat", dtype=torch.float32), seed=0)
         candidate.refresh()
         fit = Fit(candidate, targets, traces, FitConfig(warmup=1, micro_tokens=tokens), seed=0)
-        found.append((fit.step(), candidate.masters["lm_head.weight"].detach()))
+        monkeypatch.setattr(fit._optimiser, "step", lambda **_: None)  # so that the gradients stay
+        result = fit.step()
+        gradients = {name: p.grad.clone() for name, p in candidate.parameters.items() if p.grad is not None}
+        found.append((result, gradients))
     (one, whole), (several, pieces) = found
     assert one.gradient_norm == pytest.approx(several.gradient_norm, rel=1e-4)
     assert one.loss == pytest.approx(several.loss, rel=1e-4)
-    torch.testing.assert_close(whole, pieces, rtol=1e-4, atol=1e-5)
+    assert set(whole) == set(candidate.parameters)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
 def test_the_average_takes_the_masters_place_and_gives_it_back(lm: LanguageModel, tiny_model: Path) -> None:
