@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -112,12 +111,8 @@ def diff(
 
     found = dat_diff.diff(first, second)
     if as_json:
-        rows = [
-            {f.name: getattr(group, f.name) for f in dataclasses.fields(group) if not f.name.startswith("squared")}
-            | {"relative_change": group.relative_change if math.isfinite(group.relative_change) else None}
-            for group in found.groups
-        ]
-        typer.echo(json.dumps({"groups": rows, "odd": found.odd, "changed": found.changed}, indent=2))
+        answer = {"groups": [g.to_json() for g in found.groups], "odd": found.odd, "changed": found.changed}
+        typer.echo(json.dumps(answer, indent=2))
         raise typer.Exit(int(found.changed))
     changed = [group for group in found.groups if group.changed]
     if changed:

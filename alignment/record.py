@@ -74,7 +74,7 @@ class RunRecord:
     unstable: list[dict[str, str]] = field(default_factory=list)
     """Passing cases whose reply failed at batch size 1: id, batched, alone."""
     tensors: list[dict[str, Any]] = field(default_factory=list)
-    """As trainer.candidate.changed_groups, with ``trained``."""
+    """As trainer.dat_diff.Group.to_json, with ``trained``."""
 
     def plain(self) -> dict[str, Any]:
         """JSON-ready data without the bulky evaluation; cases are added by the report."""

@@ -31,7 +31,8 @@ from alignment.rows import base_rows, read_folder, target_rows
 from alignment.suite import collect, refuse_leaks
 from alignment.view import View
 from trainer import host
-from trainer.candidate import Candidate, changed_groups
+from trainer.candidate import Candidate
+from trainer.dat_diff import diff
 from trainer.files import sha256_file
 from trainer.fit import Fit, FitError
 from trainer.model import folder_sha256, load
@@ -235,7 +236,7 @@ class _Run:
         file = self.folder / ("candidate.dat" if verdict == "green" else f"{verdict}.dat")
         self.view.say(f"exporting {file}")
         self.candidate.export(file)
-        record.tensors = [row | {"trained": True} for row in changed_groups(config.base_file, file)]
+        record.tensors = [group.to_json() | {"trained": True} for group in diff(config.base_file, file).groups]
         self.phase("export")
         del self.fit  # masters and moments: the fresh process needs the memory
         if verdict == "green":

@@ -23,7 +23,6 @@ randomness drawn once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,36 +170,3 @@ def _dithered(qdata: Tensor, scale: Tensor, share: float, generator: torch.Gener
     shape = (qdata.shape[0], 2 * qdata.shape[1])
     uniform = torch.rand(shape, generator=generator)
     return nvfp4_jit.place(qdata, scale, uniform, level + (low - level) * share, level + (high - level) * share)
-
-
-def changed_groups(base: Path, other: Path) -> list[dict[str, Any]]:
-    """For every group of tensors: parameters, and how many stored values differ between two files of one layout.
-
-    A group is a tensor's name without its layer number. ``codes`` counts 4-bit codes (or raw elements), ``scales``
-    scale bytes.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    with DatReader(base) as a, DatReader(other) as b:
-        pairs = a.pairs()
-        part = {entry.name: name for name, pair in pairs.items() for entry in (pair.qdata, pair.scale)}
-        scale_names = {pair.scale.name for pair in pairs.values()}
-        for entry in a.entries.values():
-            owner = part.get(entry.name, entry.name)
-            group = ".".join("N" if piece.isdigit() else piece for piece in owner.split("."))
-            row = groups.setdefault(group, {"group": group, "parameters": 0, "codes_changed": 0, "scales_changed": 0})
-            left, right = (_bytes(file, entry.name) for file in (a, b))
-            if entry.name in scale_names:
-                row["scales_changed"] += int((left != right).sum())
-            elif entry.name in part:
-                both = left ^ right
-                row["parameters"] += 2 * left.numel()
-                row["codes_changed"] += int((both & 15 != 0).sum() + (both >> 4 != 0).sum())
-            else:
-                size = entry.scalar_type.itemsize
-                row["parameters"] += left.numel() // size
-                row["codes_changed"] += int((left != right).view(-1, size).any(1).sum())
-    return list(groups.values())
-
-
-def _bytes(reader: DatReader, name: str) -> Tensor:
-    return torch.frombuffer(bytearray(reader.raw(name)), dtype=torch.uint8)

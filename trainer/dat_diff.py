@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ class Group:
     @property
     def changed(self) -> bool:
         return bool(self.codes_changed or self.scales_changed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a relative change from zero on is None."""
+        relative = self.relative_change
+        return {
+            "group": self.name,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "codes_changed": self.codes_changed,
+            "scales_changed": self.scales_changed,
+            "relative_change": relative if math.isfinite(relative) else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +151,9 @@ def _unequal(a: Tensor, b: Tensor) -> int:
 
 
 def _add_norms(group: Group, before: Tensor, after: Tensor) -> None:
-    # In double: sums of squares of small float16 values underflow, those of large ones overflow.
-    group.squared_before += float(before.double().square().sum())
-    group.squared_change += float((after.double() - before.double()).square().sum())
+    wide = torch.float64 if before.dtype == torch.float64 else torch.float32
+    before, after = before.to(wide), after.to(wide)
+    # Summed in double: squares of small values underflow in float32, those of large ones overflow.
+    norms = [float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (before, after - before)]
+    group.squared_before += norms[0] ** 2
+    group.squared_change += norms[1] ** 2

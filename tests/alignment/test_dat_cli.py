@@ -114,7 +114,7 @@ def test_diff_says_what_changed_and_what_did_not(
     assert "lm_head.weight: no stored value changed" in out
 
     code, out, _ = align(capsys, monkeypatch, "diff", str(base), str(other), "--json")
-    groups = {group["name"]: group for group in json.loads(out)["groups"]}
+    groups = {group["group"]: group for group in json.loads(out)["groups"]}
     assert groups["model.layers.N.mlp.up_proj.weight"]["codes_changed"] == 2
     assert groups["lm_head.weight"]["codes_changed"] == 0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.candidate import Candidate, changed_groups
+from trainer.candidate import Candidate
+from trainer.dat_diff import diff
 from trainer.examples import Row, Sampler, batches, collate
 from trainer.fit import Fit, FitConfig, FitError
 from trainer.model import LanguageModel, load
@@ -59,10 +60,7 @@ def test_what_is_evaluated_is_what_is_written(lm: LanguageModel, tiny_model: Pat
     read = dict(load(tmp_path / "x.dat", folder=tiny_model, dtype=torch.float32).module.named_parameters())
     for name, value in lm.module.named_parameters():
         assert torch.equal(value, read[name]), name
-    changed = {
-        group["group"]: group["codes_changed"] for group in changed_groups(tiny_model / "base.dat", tmp_path / "x.dat")
-    }
-    assert all(changed.values())
+    assert all(group.codes_changed for group in diff(tiny_model / "base.dat", tmp_path / "x.dat").groups)
 
 
 def test_a_block_keeps_its_scale_until_it_outgrows_it() -> None:
