@@ -104,7 +104,9 @@ def _reply(data: dict[str, Any]) -> Reply:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """``auto`` is CUDA where there is one."""
+    """``auto`` is CUDA where there is one. Raises ModelError when CUDA is asked for where there is none."""
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"--device {device}: torch finds no CUDA device here; use auto or cpu")
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tabulate import tabulate
 
+from alignment.gate import USAGE_ERROR
 from alignment.show import harmless
 
 app = typer.Typer(no_args_is_help=True, help="Look into a .dat file, check it, compare two.")
 
 File = Annotated[Path, typer.Argument(help="A .dat file.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="For a program: JSON instead of a table.")]
+
+
+@contextmanager
+def _named(*files: Path) -> Iterator[None]:
+    """An error of the format, told with the file's name."""
+    from trainer.dat import DatReader
+    from trainer.dat_errors import DatError
+
+    for file in files:
+        try:
+            with DatReader(file):
+                pass
+        except DatError as error:
+            typer.echo(f"align: {harmless(str(file))}: {harmless(str(error))}", err=True)
+            raise typer.Exit(USAGE_ERROR) from error
+    yield
 
 
 @app.command()
@@ -28,7 +47,7 @@ def inspect(file: File, as_json: JsonOption = False) -> None:
     from trainer.dat_pairs import find_pairs
     from trainer.files import sha256_file
 
-    with DatReader(file) as reader:
+    with _named(file), DatReader(file) as reader:
         pairs, problems = find_pairs(reader.entries)
         halves = {e.name: pair for pair in pairs.values() for e in (pair.qdata, pair.scale)}
         rows: list[dict[str, Any]] = []
@@ -74,25 +93,42 @@ def inspect(file: File, as_json: JsonOption = False) -> None:
 
 @app.command()
 def verify(file: File) -> None:
-    """Check a file by every rule of the format: exit code 0 when it is whole, 1 when it breaks a rule.
+    """Check a file by every rule of the format and by the hash its manifest records: exit code 0, or 1 when one fails.
 
     Example: align dat verify artifacts/demo.dat
     """
     from trainer.dat import DatReader
     from trainer.dat_errors import DatError
     from trainer.dat_verify import value_problems
+    from trainer.files import sha256_file
 
+    recorded = None
     try:
         with DatReader(file) as reader:
             entries = len(reader.entries)
             problems = [str(error) for error in (*reader.pair_problems(), *value_problems(reader))]
+        recorded = _recorded_hash(file)
+        if recorded and (found := sha256_file(file)) != recorded:
+            problems.append(
+                f"its sha256 is {found}, {file.name}.json beside it records {recorded}: the file was changed"
+            )
     except DatError as error:
         problems = [str(error)]
     for problem in problems:
         typer.echo(f"{harmless(str(file))}: {harmless(problem)}", err=True)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{harmless(str(file))}: whole; {entries:,} entries, every rule holds")
+    by_hash = "its hash is the recorded one" if recorded else "no manifest beside it says what its hash should be"
+    typer.echo(f"{harmless(str(file))}: {entries:,} entries, every rule of the format holds; {by_hash}")
+
+
+def _recorded_hash(file: Path) -> str | None:
+    """The SHA-256 that the manifest beside a file records, if there is one that can be read."""
+    try:
+        found = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 @app.command()
@@ -109,7 +145,8 @@ def diff(
     """
     from trainer import dat_diff
 
-    found = dat_diff.diff(first, second)
+    with _named(first, second):
+        found = dat_diff.diff(first, second)
     if as_json:
         answer = {"groups": [g.to_json() for g in found.groups], "odd": found.odd, "changed": found.changed}
         typer.echo(json.dumps(answer, indent=2))

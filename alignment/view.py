@@ -31,6 +31,8 @@ class View:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        if console is None and not self.console.is_terminal:
+            self.console.width = 400  # a log has no width: a step or an evaluation is one line
 
     def say(self, text: str) -> None:
         """One line."""

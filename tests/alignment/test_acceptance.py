@@ -112,4 +112,7 @@ def test_one_line() -> None:
 
 def test_pick_device() -> None:
     assert pick_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="--device cuda: torch finds no CUDA device here; use auto or cpu"):
+            pick_device("cuda")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

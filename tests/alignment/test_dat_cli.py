@@ -75,7 +75,7 @@ def test_verify_says_whole_or_which_rule(
 ) -> None:
     code, out, said = align(capsys, monkeypatch, "verify", str(tiny_model / "base.dat"))
     assert (code, said) == (0, "")
-    assert "whole" in out
+    assert "every rule of the format holds; no manifest beside it" in out
     data = (tiny_model / "base.dat").read_bytes()
     (tmp_path / "cut.dat").write_bytes(data[:-1])
     code, out, said = align(capsys, monkeypatch, "verify", str(tmp_path / "cut.dat"))
@@ -83,6 +83,32 @@ def test_verify_says_whole_or_which_rule(
     [line] = said.splitlines()
     assert line.startswith(f"{tmp_path / 'cut.dat'}: entry '")
     assert ", byte " in line
+
+
+def test_verify_compares_with_the_recorded_hash(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model / "base.dat"
+    file = changed(base, tmp_path / "x.dat", "model.layers.1.mlp.up_proj.weight.qdata")
+    manifest = tmp_path / "x.dat.json"
+    manifest.write_text(json.dumps({"sha256": sha256_file(file)}))
+    code, out, _ = align(capsys, monkeypatch, "verify", str(file))
+    assert code == 0
+    assert "its hash is the recorded one" in out
+    manifest.write_text(json.dumps({"sha256": sha256_file(base)}))
+    code, out, said = align(capsys, monkeypatch, "verify", str(file))
+    assert (code, out) == (1, "")
+    assert f"records {sha256_file(base)}: the file was changed" in said
+
+
+def test_a_broken_file_is_told_by_its_name(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cut.dat").write_bytes(b"\x82")
+    for command in (["inspect"], ["diff", str(tiny_model / "base.dat")]):
+        code, out, said = align(capsys, monkeypatch, *command, str(tmp_path / "cut.dat"))
+        assert (code, out) == (2, "")
+        assert said.startswith(f"align: {tmp_path / 'cut.dat'}: ")
 
 
 @pytest.mark.parametrize("path", HOSTILE, ids=lambda path: path.stem)
