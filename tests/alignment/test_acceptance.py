@@ -12,6 +12,7 @@ import torch
 from alignment import acceptance
 from alignment.acceptance import Acceptance, judge_file, main, one_line, pick_device
 from alignment.suite import collect
+from trainer.model import ModelError
 
 SPEC = """\
 spec: facts
