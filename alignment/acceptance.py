@@ -195,6 +195,8 @@ def check_headers(weight: Path) -> None:
 def one_line(error: Exception, path: Path | None = None) -> str:
     """An input error as one line that names the file."""
     text = " ".join(str(error).split())
+    if isinstance(error, DatError):
+        path = error.path or path
     if isinstance(error, OSError) and error.strerror:
         path, text = Path(error.filename) if isinstance(error.filename, str) else path, error.strerror
     return f"{path}: {text}" if path is not None and path.name not in text else text

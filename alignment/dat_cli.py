@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tabulate import tabulate
 
-from alignment.gate import USAGE_ERROR
 from alignment.show import harmless
 
 app = typer.Typer(no_args_is_help=True, help="Look into a .dat file, check it, compare two.")
 
 File = Annotated[Path, typer.Argument(help="A .dat file.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="For a program: JSON instead of a table.")]
-
-
-@contextmanager
-def _named(*files: Path) -> Iterator[None]:
-    """An error of the format, told with the file's name."""
-    from trainer.dat import DatReader
-    from trainer.dat_errors import DatError
-
-    for file in files:
-        try:
-            with DatReader(file):
-                pass
-        except DatError as error:
-            typer.echo(f"align: {harmless(str(file))}: {harmless(str(error))}", err=True)
-            raise typer.Exit(USAGE_ERROR) from error
-    yield
 
 
 @app.command()
@@ -44,27 +25,22 @@ def inspect(file: File, as_json: JsonOption = False) -> None:
     Example: align dat inspect artifacts/demo.dat
     """
     from trainer.dat import DatReader
-    from trainer.dat_pairs import find_pairs
+    from trainer.dat_pairs import find_pairs, stored_as, tensors
     from trainer.files import sha256_file
 
-    with _named(file), DatReader(file) as reader:
+    with DatReader(file) as reader:
         pairs, problems = find_pairs(reader.entries)
-        halves = {e.name: pair for pair in pairs.values() for e in (pair.qdata, pair.scale)}
-        rows: list[dict[str, Any]] = []
-        for entry in reader.entries.values():
-            pair = halves.get(entry.name)
-            if pair is not None and entry.name == pair.scale.name:
-                continue
-            rows.append(
-                {
-                    "tensor": pair.name if pair else entry.name,
-                    "stored as": f"NVFP4, {pair.scale.scalar_type.name} scales" if pair else entry.scalar_type.name,
-                    "shape": list(pair.shape if pair else entry.shape),
-                    "parameters": math.prod(pair.shape if pair else entry.shape),
-                    "bytes": entry.nbytes + (pair.scale.nbytes if pair else 0),
-                    "offset": entry.offset,
-                }
-            )
+        rows: list[dict[str, Any]] = [
+            {
+                "tensor": name,
+                "stored as": stored_as(tensor),
+                "shape": list(tensor.shape),
+                "parameters": math.prod(tensor.shape),
+                "bytes": tensor.nbytes,
+                "offset": tensor.offset,
+            }
+            for name, tensor in tensors(reader.entries, pairs).items()
+        ]
         answer: dict[str, Any] = {
             "file": str(file),
             "sha256": sha256_file(file),
@@ -97,20 +73,21 @@ def verify(file: File) -> None:
 
     Example: align dat verify artifacts/demo.dat
     """
+    from alignment.manifest import path_of
     from trainer.dat import DatReader
     from trainer.dat_errors import DatError
     from trainer.dat_verify import value_problems
     from trainer.files import sha256_file
 
-    recorded = None
+    manifest, recorded = path_of(file), None
     try:
         with DatReader(file) as reader:
             entries = len(reader.entries)
             problems = [str(error) for error in (*reader.pair_problems(), *value_problems(reader))]
-        recorded = _recorded_hash(file)
+        recorded = _recorded_hash(manifest)
         if recorded and (found := sha256_file(file)) != recorded:
             problems.append(
-                f"its sha256 is {found}, {file.name}.json beside it records {recorded}: the file was changed"
+                f"its sha256 is {found}, {manifest.name} beside it records {recorded}: the file was changed"
             )
     except DatError as error:
         problems = [str(error)]
@@ -122,10 +99,10 @@ def verify(file: File) -> None:
     typer.echo(f"{harmless(str(file))}: {entries:,} entries, every rule of the format holds; {by_hash}")
 
 
-def _recorded_hash(file: Path) -> str | None:
-    """The SHA-256 that the manifest beside a file records, if there is one that can be read."""
+def _recorded_hash(manifest: Path) -> str | None:
+    """The SHA-256 in an artifact's manifest or a base's record, if it can be read."""
     try:
-        found = json.loads(file.with_name(f"{file.name}.json").read_text(encoding="utf-8"))["sha256"]
+        found = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
@@ -145,8 +122,7 @@ def diff(
     """
     from trainer import dat_diff
 
-    with _named(first, second):
-        found = dat_diff.diff(first, second)
+    found = dat_diff.diff(first, second)
     if as_json:
         answer = {"groups": [g.to_json() for g in found.groups], "odd": found.odd, "changed": found.changed}
         typer.echo(json.dumps(answer, indent=2))

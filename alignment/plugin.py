@@ -105,7 +105,7 @@ class Judge:
         try:
             acceptance.check_headers(weight)
         except (DatError, OSError) as error:
-            raise pytest.UsageError(harmless(f"--weight {weight}: {acceptance.one_line(error)}")) from None
+            raise pytest.UsageError(harmless(f"--weight {acceptance.one_line(error, weight)}")) from None
         try:
             acceptance.base_path(weight, model_folder_of(weight, self.model), self.base)
         except acceptance.INPUT_ERRORS as error:

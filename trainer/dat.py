@@ -57,7 +57,11 @@ class DatReader:
             flags, prot = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             self._map = mmap.mmap(file.fileno(), size, flags=flags, prot=prot) if size else None
         self._view: memoryview | None = memoryview(self._map or b"")
-        self.entries: dict[str, Entry] = parse(self._view)
+        try:
+            self.entries: dict[str, Entry] = parse(self._view)
+        except DatError as error:
+            error.path = self.path
+            raise
         """Every entry by name, in file order."""
 
     def __enter__(self) -> Self:
@@ -108,6 +112,7 @@ class DatReader:
         """The NVFP4 weights by weight name, in the order of their qdata. Raises the first of `pair_problems`."""
         pairs, problems = find_pairs(self.entries)
         if problems:
+            problems[0].path = self.path
             raise problems[0]
         return pairs
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from trainer import dat_errors as err
-from trainer.dat import DatReader, Pair
+from trainer.dat import DatReader, Entry, Pair
+from trainer.dat_pairs import stored_as, tensors
 from trainer.nvfp4 import NonFiniteError, dequantise
 
 
@@ -84,61 +85,50 @@ def diff(first: Path, second: Path) -> Difference:
     groups: dict[str, Group] = {}
     odd: list[str] = []
     with DatReader(first) as a, DatReader(second) as b:
-        left, right = _tensors(a), _tensors(b)
-        for name, entries in left.items():
+        left, right = tensors(a.entries, a.pairs()), tensors(b.entries, b.pairs())
+        for name, ours in left.items():
             if name not in right:
                 odd.append(f"{name}: only in {first}")
                 continue
-            ours, theirs = _layout(a, entries), _layout(b, right[name])
-            if ours != theirs:
-                odd.append(f"{name}: {ours} in {first}, {theirs} in {second}")
+            theirs = right[name]
+            if _layout(ours) != _layout(theirs):
+                odd.append(f"{name}: {_layout(ours)} in {first}, {_layout(theirs)} in {second}")
                 continue
             group = groups.setdefault(group_name(name), Group(name=group_name(name)))
-            _compare(group, a, entries, b, right[name])
+            _compare(group, a, ours, b, theirs)
         odd += [f"{name}: only in {second}" for name in right if name not in left]
     return Difference(groups=tuple(groups.values()), odd=tuple(odd))
 
 
-def _tensors(reader: DatReader) -> dict[str, Pair | str]:
-    """Every tensor by its name in a model: a pair, or the name of the entry that holds it."""
-    pairs = reader.pairs()
-    halves = {entry.name for pair in pairs.values() for entry in (pair.qdata, pair.scale)}
-    owner = {pair.qdata.name: name for name, pair in pairs.items()}
-    return {
-        owner.get(name, name): pairs[owner[name]] if name in owner else name
-        for name in reader.entries
-        if name in owner or name not in halves
-    }
+def _layout(tensor: Pair | Entry) -> str:
+    return f"{stored_as(tensor)} {list(tensor.shape)}"
 
 
-def _layout(reader: DatReader, tensor: Pair | str) -> str:
-    if isinstance(tensor, Pair):
-        return f"NVFP4 {list(tensor.shape)} with {tensor.scale.scalar_type.name} scales"
-    entry = reader.entries[tensor]
-    return f"{entry.scalar_type.name} {list(entry.shape)}"
-
-
-def _compare(group: Group, a: DatReader, left: Pair | str, b: DatReader, right: Pair | str) -> None:
+def _compare(group: Group, a: DatReader, left: Pair | Entry, b: DatReader, right: Pair | Entry) -> None:
     group.tensors += 1
     if isinstance(left, Pair) and isinstance(right, Pair):
         codes = [reader.tensor(pair.qdata.name).view(torch.uint8) for reader, pair in ((a, left), (b, right))]
-        scales = [reader.tensor(pair.scale.name) for reader, pair in ((a, left), (b, right))]
         both = codes[0] ^ codes[1]
         group.parameters += 2 * both.numel()
         group.codes_changed += int((both & 15 != 0).sum() + (both >> 4 != 0).sum())
-        group.scales_changed += _unequal(*scales)
-        try:
-            _add_norms(group, *(dequantise(c, s, dtype=torch.float32) for c, s in zip(codes, scales, strict=True)))
-        except NonFiniteError as error:
-            raise err.NonFiniteValueError(
-                str(error), entry=left.name, advice="`align dat verify` says where"
-            ) from error
-    elif isinstance(left, str) and isinstance(right, str):
-        values = a.tensor(left), b.tensor(right)
+        group.scales_changed += _unequal(a.tensor(left.scale.name), b.tensor(right.scale.name))
+        _add_norms(group, _decoded(a, left), _decoded(b, right))
+    elif isinstance(left, Entry) and isinstance(right, Entry):
+        values = a.tensor(left.name), b.tensor(right.name)
         group.parameters += values[0].numel()
         group.codes_changed += _unequal(*values)
         if not values[0].dtype.is_complex:
             _add_norms(group, *values)
+
+
+def _decoded(reader: DatReader, pair: Pair) -> Tensor:
+    try:
+        codes = reader.tensor(pair.qdata.name).view(torch.uint8)
+        return dequantise(codes, reader.tensor(pair.scale.name), dtype=torch.float32)
+    except NonFiniteError as error:
+        broken = err.NonFiniteValueError(str(error), entry=pair.name, advice="`align dat verify` says where")
+        broken.path = reader.path
+        raise broken from error
 
 
 def _unequal(a: Tensor, b: Tensor) -> int:

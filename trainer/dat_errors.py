@@ -4,6 +4,8 @@ Every message says what was found, in which entry, at which byte of the file, an
 catches all.
 """
 
+from pathlib import Path
+
 
 class DatError(ValueError):
     """A `.dat` file, or something about to be written to one, breaks a rule of the format."""
@@ -12,6 +14,8 @@ class DatError(ValueError):
     """The entry's name, or `#7` (its position) while the name is not known; `None` for the file as a whole."""
     offset: int | None
     """The byte of the file where the broken value starts; `None` when nothing was read."""
+    path: Path | None = None
+    """The file, where it is known; not part of the message."""
 
     def __init__(self, found: str, *, entry: str | None = None, offset: int | None = None, advice: str = "") -> None:
         where = [f"entry {entry!r}" if entry else "", f"byte {offset}" if offset is not None else ""]

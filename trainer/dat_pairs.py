@@ -26,6 +26,16 @@ class Pair:
         """(out, in) of the weight."""
         return self.qdata.shape[0], self.qdata.shape[1] * 2
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data of both entries."""
+        return self.qdata.nbytes + self.scale.nbytes
+
+    @property
+    def offset(self) -> int:
+        """The byte of the file where the codes start."""
+        return self.qdata.offset
+
 
 def find_pairs(entries: dict[str, Entry]) -> tuple[dict[str, Pair], list[DatError]]:
     """The NVFP4 pairs by weight name, and one error for each entry that looks like half of a pair and is not."""
@@ -51,6 +61,21 @@ def find_pairs(entries: dict[str, Entry]) -> tuple[dict[str, Pair], list[DatErro
         else:
             pairs[weight] = Pair(name=weight, qdata=entry, scale=entries[f"{stem}.scale"])
     return pairs, problems
+
+
+def tensors(entries: dict[str, Entry], pairs: dict[str, Pair]) -> dict[str, Pair | Entry]:
+    """Every tensor by its name in a model, in file order: one of ``pairs``, or the entry that holds it."""
+    owner = {pair.qdata.name: pair for pair in pairs.values()}
+    scales = {pair.scale.name for pair in pairs.values()}
+    held = [owner.get(name, entry) for name, entry in entries.items() if name not in scales]
+    return {tensor.name: tensor for tensor in held}
+
+
+def stored_as(tensor: Pair | Entry) -> str:
+    """The storage of one of ``tensors``, for people."""
+    if isinstance(tensor, Pair):
+        return f"NVFP4, {tensor.scale.scalar_type.name} scales"
+    return tensor.scalar_type.name
 
 
 def _pair_fault(qdata: Entry, scale: Entry | None) -> str:

@@ -105,6 +105,15 @@ def test_wrong_input_is_one_line(tiny_model: Path, specs: Path, capsys: pytest.C
     assert not answer.exists()
 
 
+def test_a_broken_base_is_told_by_its_own_name(
+    tiny_model: Path, specs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (specs / "base.dat").write_bytes(b"\x82")
+    arguments = ["--json", str(specs / "answer.json"), "--model", str(tiny_model), "--specs", str(specs)]
+    assert main([str(tiny_model / "base.dat"), "--base", str(specs / "base.dat"), *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"{specs / 'base.dat'}: byte 0: ")
+
+
 def test_one_line() -> None:
     assert one_line(ValueError("a\nb  c"), Path("x.dat")) == "x.dat: a b c"
     assert one_line(ValueError("x.dat is odd"), Path("x.dat")) == "x.dat is odd"
