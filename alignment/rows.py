@@ -82,7 +82,7 @@ def read_folder(folder: Path) -> DataFolder:
     )
 
 
-def _anchors_first(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
+def _with_anchor_share(prompts: Sequence[str], anchors: frozenset[str]) -> list[int]:
     """Indices of ``prompts`` with those of anchor cases repeated until they are ``ANCHOR_SHARE`` of the list.
 
     A run sees each row only a few times: what the specs name must come oftener, whatever else the files hold.
@@ -106,7 +106,7 @@ def target_rows(lm: LanguageModel, data: DataFolder, template: Template, suite: 
         )
         for prompt, target in data.targets
     ]
-    return [rows[i] for i in _anchors_first([row.prompt for row in rows], anchors)]
+    return [rows[i] for i in _with_anchor_share([row.prompt for row in rows], anchors)]
 
 
 def base_rows(
@@ -145,7 +145,7 @@ def base_rows(
     ]
     targets = [(frozenset(prompt), target) for prompt, target in data.targets]
     temptations = _temptations(base, data, template)
-    for prompt in (data.contrast[i] for i in _anchors_first(data.contrast, anchors)):
+    for prompt in (data.contrast[i] for i in _with_anchor_share(data.contrast, anchors)):
         letters = frozenset(prompt)
         _, tempting = max(targets, key=lambda item: len(item[0] & letters) / len(item[0] | letters))
         rows.append(

@@ -99,7 +99,7 @@ def sweep(settings: list[dict[str, Any]], model: Path, out: Path) -> None:
         candidate = Candidate(lm, seed=setting["seed"], dither=0.5)
         candidate.refresh()
         config = FitConfig(**{k: tuple(v) if k == "betas" else v for k, v in setting.get("fit", {}).items()})
-        fit = Fit(candidate, targets, traces, config, seed=setting["seed"], planned=setting.get("planned", 160))
+        fit = Fit(candidate, targets, traces, config, seed=setting["seed"], planned=setting["planned"])
         for step in range(1, setting["steps"] + 1):
             fit.step()
             if step in setting["marks"]:

@@ -69,15 +69,15 @@ def _check_ends(lm: LanguageModel) -> None:
 def forward(lm: LanguageModel, packed: Pack) -> Tensor:
     """The last hidden states [tokens, features] of a packed sequence, in the model's dtype.
 
-    Raises ModelError for an architecture whose attention cannot be packed.
+    Raises ModelError for an architecture whose attention cannot be packed, or whose ends are more than a matrix.
     """
     _register()
+    _check_ends(lm)
     config: Any = lm.module.get_submodule("model").config
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
         body = lm.module.get_submodule("model")
-        _check_ends(lm)
         states: Tensor = body(
             inputs_embeds=embed(packed.ids, body.get_parameter("embed_tokens.weight"))[None],
             position_ids=packed.positions[None],

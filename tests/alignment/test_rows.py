@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.rows import ANCHOR_SHARE, UNLIKELY, DataFolder, _anchors_first, _shared_tail, _temptations
+from alignment.rows import ANCHOR_SHARE, UNLIKELY, DataFolder, _shared_tail, _temptations, _with_anchor_share
 from trainer.fit import Fit, FitConfig
 from trainer.model import load
 
@@ -60,7 +60,7 @@ def test_the_learning_rate_rises_holds_and_falls() -> None:
 def test_anchors_have_their_share_and_no_prompt_is_left_out(count: int, named: int) -> None:
     prompts = [f"row {i}" for i in range(count)] + [f"anchor {i}" for i in range(named)]
     anchors = frozenset(prompts[count:]) | {"in no file"}
-    found = [prompts[i] for i in _anchors_first(prompts, anchors)]
+    found = [prompts[i] for i in _with_anchor_share(prompts, anchors)]
     assert set(found) == set(prompts)
     assert sum(prompt not in anchors for prompt in found) == count
     times = {found.count(prompt) for prompt in anchors & set(prompts)}

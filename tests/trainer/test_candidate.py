@@ -141,12 +141,17 @@ def test_batches_hold_every_row_once_within_the_limit(lm: LanguageModel) -> None
     assert all(len(batch.pack.ids) <= 40 or len(batch.rows) == 1 for batch in made)
 
 
-def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageModel, tiny_model: Path) -> None:
+def fitting(lm: LanguageModel, tiny_model: Path, config: FitConfig) -> Fit:
+    """A fit of one row of each kind."""
     base = load(tiny_model / "base.dat", dtype=torch.float32)
     traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi")])
     candidate = Candidate(lm, seed=0)
     candidate.refresh()
-    fit = Fit(candidate, [row(base, "target", "who are you", "F#")], traces, FitConfig(lr=3e-3, warmup=1), seed=0)
+    return Fit(candidate, [row(base, "target", "who are you", "F#")], traces, config, seed=0)
+
+
+def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageModel, tiny_model: Path) -> None:
+    fit = fitting(lm, tiny_model, FitConfig(lr=3e-3, warmup=1))
     start = fit.snapshot()
     before = {name: value.detach().clone() for name, value in lm.module.named_parameters()}
     losses = [fit.step().target for _ in range(12)]
@@ -158,18 +163,14 @@ def test_fitting_lowers_the_target_loss_and_restore_takes_it_back(lm: LanguageMo
 
 
 def test_a_step_that_is_not_finite_is_not_taken_and_the_next_one_is_clean(lm: LanguageModel, tiny_model: Path) -> None:
-    base = load(tiny_model / "base.dat", dtype=torch.float32)
-    traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi")])
-    candidate = Candidate(lm, seed=0)
-    candidate.refresh()
-    fit = Fit(candidate, [row(base, "target", "who are you", "F#")], traces, FitConfig(lr=3e-3, warmup=1), seed=0)
+    fit = fitting(lm, tiny_model, FitConfig(lr=3e-3, warmup=1))
     norm = lm.module.get_parameter("model.norm.weight")
-    before, whole = {name: master.detach().clone() for name, master in candidate.masters.items()}, norm.data.clone()
+    before, whole = {name: master.detach().clone() for name, master in fit.candidate.masters.items()}, norm.data.clone()
     norm.data[0] = float("nan")
     with pytest.raises(FitError, match="step 1"):
         fit.step()
     assert fit.steps == 0
-    for name, master in candidate.masters.items():
+    for name, master in fit.candidate.masters.items():
         assert torch.equal(master, before[name]), name
     norm.data.copy_(whole)
     losses = [fit.step().target for _ in range(8)]
@@ -198,17 +199,8 @@ def test_several_passes_gather_the_gradient_of_one(tiny_model: Path, monkeypatch
 
 
 def test_the_average_takes_the_masters_place_and_gives_it_back(lm: LanguageModel, tiny_model: Path) -> None:
-    base = load(tiny_model / "base.dat", dtype=torch.float32)
-    traces = BaseTraces(base, [row(base, "contrast", "who am i", "you"), row(base, "replay", "hello", "hi")])
-    candidate = Candidate(lm, seed=0)
-    candidate.refresh()
-    fit = Fit(
-        candidate,
-        [row(base, "target", "who are you", "F#")],
-        traces,
-        FitConfig(lr=3e-3, warmup=1, average=0.75),
-        seed=0,
-    )
+    fit = fitting(lm, tiny_model, FitConfig(lr=3e-3, warmup=1, average=0.75))
+    candidate = fit.candidate
     name = "model.layers.0.mlp.up_proj.weight"
     seen = []
     for _ in range(3):
