@@ -2,6 +2,7 @@
 
     python benchmarks/weights.py                # 2 threads
     python benchmarks/weights.py --threads 8 --millions 256 --repeat 5
+    python benchmarks/weights.py --device cuda                # benchmarks/whole_model.py
 
 Prints the best of some repetitions in million weights a second and in GB/s of float32 weights (the copy counts what it
 reads). `cpu` is what the threads would reach if each had a core of its own: weights per second of CPU time, times the
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import whole_model
 
 from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
 from trainer.nvfp4 import dequantise, fake_quantise_, quantise, quantise_activations, quantise_with_scales
@@ -66,7 +68,13 @@ def main() -> None:
     parser.add_argument("--millions", type=int, default=64, help="weights, in millions (default 64)")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions, of which the best counts (default 3)")
     parser.add_argument("--megabytes", type=int, default=512, help="size of the file to rewrite, in MiB (default 512)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a whole model on the device")
+    parser.add_argument("--layers", type=int, default=36, help="with cuda: layers of the model (default 36)")
+    parser.add_argument("--folder", type=Path, help="with cuda: where the files go (default: the temporary folder)")
     options = parser.parse_args()
+    if options.device == "cuda":
+        whole_model.run(options.layers, options.repeat, options.folder)
+        return
     torch.set_num_threads(options.threads)
 
     w = torch.randn(options.millions * 1_000_000 // 4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.02

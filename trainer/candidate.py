@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from trainer import nvfp4_jit
-from trainer.dat import DatReader, DatWriter, ScalarType, copy_entry
+from trainer.dat import DatReader, ScalarType
 from trainer.model import LanguageModel, ModelError
-from trainer.nvfp4 import Rule, dequantise, fake_quantise_, quantise
+from trainer.nvfp4 import Rule, dequantise, fake_quantise_many_, quantise
+from trainer.rewrite import write_like
 
 # The cell of each E2M1 magnitude, in units of the scale: everything between these bounds rounds to it. The outermost
 # cell ends at 6, the largest value that keeps the block's scale.
@@ -83,12 +84,10 @@ class Candidate:
     @torch.no_grad()
     def refresh(self) -> None:
         """Write the quantised view of every master into the module."""
-        for name, master in self.masters.items():
-            view = self.parameters[name]
-            if name in self.scales:
-                fake_quantise_(master, view.data, rule=self.rule, name=name, keep=self.scales[name])
-            else:
-                view.data.copy_(self._stored[name].copy_(master))
+        for name, stored in self._stored.items():
+            self.parameters[name].data.copy_(stored.copy_(self.masters[name]))
+        pairs = ((name, self.masters[name], self.parameters[name].data, scale) for name, scale in self.scales.items())
+        fake_quantise_many_(pairs, rule=self.rule)
 
     @torch.no_grad()
     def gather_gradients(self) -> None:
@@ -135,28 +134,8 @@ class Candidate:
     @torch.no_grad()
     def export(self, path: Path) -> None:
         """Write the candidate as a .dat: the base's entries in their order and types, with the trained values."""
-        with DatReader(self.base_path) as reader, DatWriter(path, len(reader.entries)) as writer:
-            encoded: dict[str, tuple[Tensor, ScalarType]] = {}
-            owners = {}
-            for name, pair in reader.pairs().items():
-                if name in self.masters:
-                    owners[pair.qdata.name] = owners[pair.scale.name] = name
-            for entry in reader.entries.values():
-                if entry.name in owners and entry.name not in encoded:
-                    name = owners[entry.name]
-                    pair = reader.pairs()[name]
-                    codes, scale = quantise(
-                        self.masters[name].detach(), rule=self.rule, name=name, keep=self.scales[name]
-                    )
-                    encoded[pair.qdata.name] = codes.cpu(), pair.qdata.scalar_type
-                    encoded[pair.scale.name] = scale.cpu(), pair.scale.scalar_type
-                if entry.name in encoded:
-                    writer.write(entry.name, *encoded.pop(entry.name))
-                elif entry.name in self.masters:
-                    value = self.masters[entry.name].detach().to(entry.scalar_type.dtype).cpu()
-                    writer.write(entry.name, value, entry.scalar_type)
-                else:
-                    copy_entry(reader, writer, entry.name)
+        with DatReader(self.base_path) as reader:
+            write_like(reader, path, self.masters, self.scales, rule=self.rule)
 
 
 def _dithered(qdata: Tensor, scale: Tensor, share: float, generator: torch.Generator) -> Tensor:

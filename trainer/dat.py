@@ -22,6 +22,7 @@ import stat
 import sys
 import types
 from contextlib import AbstractContextManager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -95,9 +96,9 @@ class DatReader:
         undefined behaviour further on.
         """
         entry, dtype = self.entries[name], self.entries[name].scalar_type.dtype
+        flat = self.flat(name)
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=dtype, device=device)
-        flat = torch.frombuffer(self._slice(entry), dtype=torch.uint8)
         if dtype is torch.bool and int(flat.max()) > 1:
             raise err.InvalidBoolError(
                 "a bool is neither 0 nor 1", entry=name, offset=entry.offset, advice="Make the file again"
@@ -108,9 +109,15 @@ class DatReader:
             flat = flat.clone()  # compiled loops may assume aligned elements
         return flat.view(dtype).view(entry.shape)
 
+    def flat(self, name: str) -> torch.Tensor:
+        """The bytes of an entry, uint8 [nbytes], on the CPU and without a copy. `KeyError` for an unknown name."""
+        entry = self.entries[name]
+        data = self._slice(entry)
+        return torch.frombuffer(data, dtype=torch.uint8) if entry.nbytes else torch.empty(0, dtype=torch.uint8)
+
     def pairs(self) -> dict[str, Pair]:
         """The NVFP4 weights by weight name, in the order of their qdata. Raises the first of `pair_problems`."""
-        pairs, problems = find_pairs(self.entries)
+        pairs, problems = self._found
         if problems:
             problems[0].path = self.path
             raise problems[0]
@@ -118,7 +125,11 @@ class DatReader:
 
     def pair_problems(self) -> list[DatError]:
         """What keeps entries named like NVFP4 pairs from being such: no partner, wrong type, shapes that do not fit."""
-        return list(find_pairs(self.entries)[1])
+        return list(self._found[1])
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, Pair], list[DatError]]:
+        return find_pairs(self.entries)
 
     def _slice(self, entry: Entry) -> memoryview:
         if self._view is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from trainer.dat import DatError, DatReader
+from trainer.dat import DatError, DatReader, ScalarType
 from trainer.files import sha256_file
 from trainer.nvfp4 import dequantise
+from trainer.staging import Staging
 
 Template = Literal["chat", "runner"]
 TOKENIZER_FILES = (
@@ -169,22 +171,44 @@ def load(
     )
 
 
-def decoded(reader: DatReader, name: str) -> Tensor | None:
-    """Values of parameter ``name``: an NVFP4 pair decoded to bfloat16 (exact), a raw entry as stored; else None."""
+def decoded(reader: DatReader, name: str, staging: Staging | None = None) -> Tensor | None:
+    """Values of parameter ``name``: an NVFP4 pair decoded to bfloat16 (exact for E4M3 scales), a raw entry as stored;
+    None where the file has neither. On the CPU, or on the device of ``staging``."""
     pair = reader.pairs().get(name)
     if pair is not None:
-        return dequantise(reader.tensor(pair.qdata.name), reader.tensor(pair.scale.name), dtype=torch.bfloat16)
+        codes, scale = (_uploaded(reader, entry.name, staging) for entry in (pair.qdata, pair.scale))
+        return dequantise(codes, scale, dtype=torch.bfloat16, name=name)
     if name in reader.entries:
-        return reader.tensor(name)
+        return _uploaded(reader, name, staging)
     return None
+
+
+def _uploaded(reader: DatReader, name: str, staging: Staging | None) -> Tensor:
+    entry = reader.entries[name]
+    if staging is None or entry.scalar_type is ScalarType.BOOL or not entry.nbytes:
+        return reader.tensor(name)
+    return staging.upload(reader.flat(name)).view(entry.scalar_type.dtype).view(entry.shape)
 
 
 def fill(module: nn.Module, reader: DatReader, *, device: torch.device, dtype: torch.dtype, tied: bool) -> None:
     """Give every parameter of ``module`` its value from the file, in ``dtype`` on ``device``."""
+    with Staging(device) if device.type == "cuda" else nullcontext() as staging:
+        _fill(module, reader, staging, device=device, dtype=dtype, tied=tied)
+
+
+def _fill(
+    module: nn.Module,
+    reader: DatReader,
+    staging: Staging | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    tied: bool,
+) -> None:
     for name, parameter in list(module.named_parameters()):
-        value = decoded(reader, name)
+        value = decoded(reader, name, staging)
         if value is None and name == "lm_head.weight" and tied:
-            value = decoded(reader, "model.embed_tokens.weight")
+            value = decoded(reader, "model.embed_tokens.weight", staging)
         if value is None:
             raise ModelError(
                 f"{reader.path}: no entry for parameter {name}; is this the .dat of the model in the folder?"

@@ -28,13 +28,13 @@ other than 0 under a scale of 0); decoding to bfloat16 is exact for E4M3 scales;
 and small neighbours become 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from trainer import nvfp4_jit, nvfp4_plain
+from trainer import nvfp4_jit, nvfp4_plain, nvfp4_triton
 from trainer.nvfp4_cpu import BLOCK, NonFiniteError, Piece, each_piece
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "dequantise",
     "fake_quantise",
     "fake_quantise_",
+    "fake_quantise_many_",
     "quantise",
     "quantise_activations",
     "quantise_with_scales",
@@ -91,7 +92,10 @@ def quantise(w: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | No
         _refuse_nan(scale[part])
         qdata[part] = nvfp4_plain.encode(slab, scale[part])
 
-    _work(blocks.shape[0], piece, plain, name, values=blocks)
+    def quick(bad: Tensor) -> None:
+        nvfp4_triton.encode(blocks, kept, qdata, scale, rule, bad)
+
+    _work(blocks.shape[0], piece, plain, quick, name, values=blocks, scales=kept)
     return qdata.view(w.shape[0], w.shape[1] // 2), scale.view(w.shape[0], w.shape[1] // BLOCK)
 
 
@@ -116,7 +120,10 @@ def quantise_with_scales(w: Tensor, scale: Tensor, *, name: str = "") -> Tensor:
         _refuse_nan(scales[part])
         qdata[part] = nvfp4_plain.encode(slab, scales[part])
 
-    _work(blocks.shape[0], piece, plain, name, values=blocks, scales=scales)
+    def quick(bad: Tensor) -> None:
+        nvfp4_triton.encode(blocks, scales, qdata, None, "", bad)
+
+    _work(blocks.shape[0], piece, plain, quick, name, values=blocks, scales=scales)
     return qdata.view(w.shape[0], w.shape[1] // 2)
 
 
@@ -146,7 +153,10 @@ def dequantise(
         _refuse_nan(scales[part])
         flat[part] = nvfp4_plain.decode(codes[part], scales[part]).to(flat.dtype)
 
-    _work(codes.shape[0], piece, plain, name, scales=scales)
+    def quick(bad: Tensor) -> None:
+        nvfp4_triton.decode(codes, scales, flat, bad)
+
+    _work(codes.shape[0], piece, plain, quick, name, scales=scales)
     return _delivered(target, flat)
 
 
@@ -158,6 +168,28 @@ def fake_quantise_(src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = 
     """
     _check_rule(rule)
     _fake(src, out, rule, name, strict=True, keep=keep)
+
+
+def fake_quantise_many_(weights: Iterable[tuple[str, Tensor, Tensor, Tensor | None]], *, rule: Rule = "mse") -> None:
+    """`fake_quantise_` of many weights, (name, src, out, keep) each, that waits for a CUDA device once, at the end.
+
+    Raises as `fake_quantise_` does, for the first weight that is wrong; the others may then be written or not.
+    """
+    _check_rule(rule)
+    flags: list[tuple[Tensor, tuple[str, Tensor, Tensor, Tensor | None]]] = []
+    for name, src, out, keep in weights:
+        if not _quickly(src.device) or not src.numel():
+            fake_quantise_(src, out, rule=rule, name=name, keep=keep)
+            continue
+        flags.append((torch.zeros(1, dtype=torch.int32, device=src.device), (name, src, out, keep)))
+        blocks = _blocks(src, name)
+        target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
+        nvfp4_triton.fake(blocks, _kept(keep, src, name), flat, rule, flags[-1][0])
+        _delivered(target, flat)
+    if flags and bool(torch.cat([flag.to(flags[0][0].device) for flag, _ in flags]).any()):
+        for flag, (name, src, out, keep) in flags:
+            if bool(flag):
+                fake_quantise_(src, out, rule=rule, name=name, keep=keep)  # says what is wrong, and where
 
 
 def fake_quantise(w: Tensor, *, rule: Rule = "mse", name: str = "") -> Tensor:
@@ -217,7 +249,10 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
             _refuse_nan(scale)
         flat[part] = nvfp4_plain.fake(slab, scale).to(flat.dtype)
 
-    _work(blocks.shape[0], piece, plain, name, values=blocks, scales=kept)
+    def quick(bad: Tensor) -> None:
+        nvfp4_triton.fake(blocks, kept, flat, rule, bad)
+
+    _work(blocks.shape[0], piece, plain, quick, name, values=blocks, scales=kept, strict=strict)
     _delivered(target, flat)
 
 
@@ -225,17 +260,23 @@ def _work(
     count: int,
     piece: Callable[[Piece, slice], None],
     plain: Callable[[slice], None],
+    quick: Callable[[Tensor], None],
     name: str,
     *,
     values: Tensor | None = None,
     scales: Tensor | None = None,
+    strict: bool = True,
 ) -> None:
-    """Run the fast path on the CPU, the plain one elsewhere; put the tensor's name and the place into a complaint."""
+    """Run the path for the CPU, for CUDA or for any device; put the tensor's name and the place into a complaint."""
     (given,) = {tensor.device for tensor in (values, scales) if tensor is not None}
     try:
         with torch.no_grad():
             if given.type == "cpu":
                 each_piece(count, piece)
+            elif _quickly(given) and count:
+                quick(bad := torch.zeros(1, dtype=torch.int32, device=given))
+                if strict and bool(bad):  # only this waits for the device
+                    raise NonFiniteError
             else:
                 for start in range(0, count, _SLAB):
                     plain(slice(start, start + _SLAB))
@@ -246,6 +287,10 @@ def _work(
                     f"{_label(name)}: {len(bad)} {what}s are infinite or NaN, the first at flat index {int(bad[0])}"
                 ) from None
         raise
+
+
+def _quickly(device: torch.device) -> bool:
+    return device.type == "cuda" and nvfp4_triton.available()
 
 
 def _settle(p: Piece, rule: Rule, kept: Tensor | None, part: slice) -> None:
@@ -264,6 +309,7 @@ def _settle(p: Piece, rule: Rule, kept: Tensor | None, part: slice) -> None:
 def _plain_scales(slab: Tensor, rule: Rule, kept: Tensor | None, part: slice) -> Tensor:
     if kept is None:
         return nvfp4_plain.choose(slab, rule)
+    _refuse_nan(kept[part])
     scale = kept[part].clone()
     outgrown = (~(slab.abs().amax(-1) <= 6 * scale.float())).nonzero()[:, 0]  # NaN fits nowhere
     if len(outgrown):  # few: choosing costs many times what the rest of the pass does
