@@ -22,7 +22,7 @@ from torch import Tensor
 from trainer.dat import DatReader, DatWriter, ScalarType
 from trainer.gguf_base import is_paired
 from trainer.model import decoded, parameter_shapes
-from trainer.nvfp4 import fake_quantise_many_, quantise
+from trainer.nvfp4_many import fake_quantise_many_, quantise_many
 from trainer.staging import Staging
 
 
@@ -129,8 +129,8 @@ def run(layers: int, repeat: int, folder: Path | None) -> None:
             for name in paired:
                 views[name].copy_(masters[name])
 
-        def quantise_all(source: dict[str, Tensor], rule: str) -> list[object]:
-            return [quantise(source[name], rule=rule) for name in paired]  # type: ignore[arg-type]
+        def quantise_all(source: dict[str, Tensor], rule: str) -> object:
+            return quantise_many([(name, source[name], None) for name in paired], rule=rule)  # type: ignore[arg-type]
 
         def fake_all(rule: str, keep: bool) -> None:
             fake_quantise_many_(

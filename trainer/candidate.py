@@ -30,7 +30,8 @@ from torch import Tensor
 from trainer import nvfp4_jit
 from trainer.dat import DatReader, ScalarType
 from trainer.model import LanguageModel, ModelError
-from trainer.nvfp4 import Rule, dequantise, fake_quantise_many_, quantise
+from trainer.nvfp4 import Rule, dequantise
+from trainer.nvfp4_many import fake_quantise_many_, quantise_many
 from trainer.rewrite import write_like
 
 # The cell of each E2M1 magnitude, in units of the scale: everything between these bounds rounds to it. The outermost
@@ -112,12 +113,11 @@ class Candidate:
     def snapshot(self) -> dict[str, tuple[Tensor, ...]]:
         """What the view holds, as a file would: codes and scales of pairs, raw entries in their type. A seventh of the
         masters' size."""
-        return {
-            name: quantise(master.detach(), rule=self.rule, name=name, keep=self.scales[name])
-            if name in self.scales
-            else (master.detach().to(self._stored[name].dtype),)
-            for name, master in self.masters.items()
-        }
+        pairs = quantise_many(
+            ((name, self.masters[name].detach(), scale) for name, scale in self.scales.items()), rule=self.rule
+        )
+        raw = {name: (self.masters[name].detach().to(stored.dtype),) for name, stored in self._stored.items()}
+        return {**raw, **dict(zip(self.scales, pairs, strict=True))}
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, tuple[Tensor, ...]]) -> None:

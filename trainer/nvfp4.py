@@ -28,7 +28,7 @@ other than 0 under a scale of 0); decoding to bfloat16 is exact for E4M3 scales;
 and small neighbours become 0.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,7 +44,6 @@ __all__ = [
     "dequantise",
     "fake_quantise",
     "fake_quantise_",
-    "fake_quantise_many_",
     "quantise",
     "quantise_activations",
     "quantise_with_scales",
@@ -72,9 +71,9 @@ def quantise(w: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | No
     that was decoded, and perhaps trained a little, does not jump to another grid, and one that was not trained keeps
     its bytes.
     """
-    blocks = _blocks(w, name)
-    _check_rule(rule)
-    kept = _kept(keep, w, name)
+    blocks = as_blocks(w, name)
+    check_rule(rule)
+    kept = as_kept(keep, w, name)
     qdata = torch.empty(blocks.shape[0], BLOCK // 2, dtype=torch.uint8, device=w.device)
     scale = torch.empty(blocks.shape[0], dtype=torch.float8_e4m3fn, device=w.device)
 
@@ -103,7 +102,7 @@ def quantise_with_scales(w: Tensor, scale: Tensor, *, name: str = "") -> Tensor:
     """The codes, uint8 [out, in / 2], of a weight as in `quantise` under scales [out, in / 16] of E4M3, float16 or
     float32.
     """
-    blocks = _blocks(w, name)
+    blocks = as_blocks(w, name)
     scales = _flat_scales(scale, (w.shape[0], w.shape[1] // BLOCK), name)
     qdata = torch.empty(blocks.shape[0], BLOCK // 2, dtype=torch.uint8, device=w.device)
 
@@ -142,7 +141,7 @@ def dequantise(
         )
     shape = (qdata.shape[0], qdata.shape[1] * 2)
     scales = _flat_scales(scale, (shape[0], shape[1] // BLOCK), name)
-    target, flat = _target(out, shape, dtype, qdata.device, name)
+    target, flat = as_target(out, shape, dtype, qdata.device, name)
     codes = qdata.detach().contiguous().view(-1, BLOCK // 2)
 
     def piece(p: Piece, part: slice) -> None:
@@ -157,7 +156,7 @@ def dequantise(
         nvfp4_triton.decode(codes, scales, flat, bad)
 
     _work(codes.shape[0], piece, plain, quick, name, scales=scales)
-    return _delivered(target, flat)
+    return deliver(target, flat)
 
 
 def fake_quantise_(src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = "", keep: Tensor | None = None) -> None:
@@ -166,35 +165,13 @@ def fake_quantise_(src: Tensor, out: Tensor, *, rule: Rule = "mse", name: str = 
     src: as in `quantise`; out: the same shape, float32, bfloat16 or float16; it may be src itself. Raises as `quantise`
     does; out is then partly written.
     """
-    _check_rule(rule)
+    check_rule(rule)
     _fake(src, out, rule, name, strict=True, keep=keep)
-
-
-def fake_quantise_many_(weights: Iterable[tuple[str, Tensor, Tensor, Tensor | None]], *, rule: Rule = "mse") -> None:
-    """`fake_quantise_` of many weights, (name, src, out, keep) each, that waits for a CUDA device once, at the end.
-
-    Raises as `fake_quantise_` does, for the first weight that is wrong; the others may then be written or not.
-    """
-    _check_rule(rule)
-    flags: list[tuple[Tensor, tuple[str, Tensor, Tensor, Tensor | None]]] = []
-    for name, src, out, keep in weights:
-        if not _quickly(src.device) or not src.numel():
-            fake_quantise_(src, out, rule=rule, name=name, keep=keep)
-            continue
-        flags.append((torch.zeros(1, dtype=torch.int32, device=src.device), (name, src, out, keep)))
-        blocks = _blocks(src, name)
-        target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
-        nvfp4_triton.fake(blocks, _kept(keep, src, name), flat, rule, flags[-1][0])
-        _delivered(target, flat)
-    if flags and bool(torch.cat([flag.to(flags[0][0].device) for flag, _ in flags]).any()):
-        for flag, (name, src, out, keep) in flags:
-            if bool(flag):
-                fake_quantise_(src, out, rule=rule, name=name, keep=keep)  # says what is wrong, and where
 
 
 def fake_quantise(w: Tensor, *, rule: Rule = "mse", name: str = "") -> Tensor:
     """The quantised weight, of w's shape and dtype; the gradient goes straight through to w, unchanged."""
-    _check_rule(rule)
+    check_rule(rule)
     result: Tensor = _StraightThrough.apply(w, rule, name, True)  # type: ignore[no-untyped-call]
     return result
 
@@ -224,13 +201,13 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep: Tensor | None = None) -> None:
-    blocks = _blocks(src, name)
-    kept = _kept(keep, src, name)
-    target, flat = _target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
+    blocks = as_blocks(src, name)
+    kept = as_kept(keep, src, name)
+    target, flat = as_target(out, (src.shape[0], src.shape[1]), out.dtype, src.device, name)
     apart = flat.untyped_storage().data_ptr() != blocks.untyped_storage().data_ptr()
     fast = apart and src.device.type == "cpu" and src.dtype == torch.float32 and flat.dtype in _JIT
     if fast and kept is not None and nvfp4_jit.refresh(blocks, kept, flat, rule):
-        _delivered(target, flat)
+        deliver(target, flat)
         return
     # What cannot be rounded comes through here as well, and is named.
 
@@ -253,7 +230,7 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
         nvfp4_triton.fake(blocks, kept, flat, rule, bad)
 
     _work(blocks.shape[0], piece, plain, quick, name, values=blocks, scales=kept, strict=strict)
-    _delivered(target, flat)
+    deliver(target, flat)
 
 
 def _work(
@@ -273,7 +250,7 @@ def _work(
         with torch.no_grad():
             if given.type == "cpu":
                 each_piece(count, piece)
-            elif _quickly(given) and count:
+            elif on_cuda(given) and count:
                 quick(bad := torch.zeros(1, dtype=torch.int32, device=given))
                 if strict and bool(bad):  # only this waits for the device
                     raise NonFiniteError
@@ -289,7 +266,7 @@ def _work(
         raise
 
 
-def _quickly(device: torch.device) -> bool:
+def on_cuda(device: torch.device) -> bool:
     return device.type == "cuda" and nvfp4_triton.available()
 
 
@@ -317,7 +294,7 @@ def _plain_scales(slab: Tensor, rule: Rule, kept: Tensor | None, part: slice) ->
     return scale
 
 
-def _kept(keep: Tensor | None, w: Tensor, name: str) -> Tensor | None:
+def as_kept(keep: Tensor | None, w: Tensor, name: str) -> Tensor | None:
     if keep is None:
         return None
     if keep.dtype != torch.float8_e4m3fn:
@@ -325,7 +302,7 @@ def _kept(keep: Tensor | None, w: Tensor, name: str) -> Tensor | None:
     return _flat_scales(keep, (w.shape[0], w.shape[1] // BLOCK), name)
 
 
-def _blocks(w: Tensor, name: str) -> Tensor:
+def as_blocks(w: Tensor, name: str) -> Tensor:
     if w.dtype not in _FLOATS:
         raise TypeError(f"{_label(name)} is {w.dtype}: NVFP4 takes float32, bfloat16 or float16")
     if w.ndim != 2 or w.shape[1] % BLOCK:
@@ -343,7 +320,7 @@ def _flat_scales(scale: Tensor, shape: tuple[int, int], name: str) -> Tensor:
     return scale.detach().contiguous().view(-1)
 
 
-def _target(
+def as_target(
     out: Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, name: str
 ) -> tuple[Tensor, Tensor]:
     """The tensor to return, and contiguous blocks to fill: its own memory where possible."""
@@ -357,13 +334,13 @@ def _target(
     return out, (plain if plain.is_contiguous() else torch.empty_like(plain).contiguous()).view(-1, BLOCK)
 
 
-def _delivered(out: Tensor, blocks: Tensor) -> Tensor:
+def deliver(out: Tensor, blocks: Tensor) -> Tensor:
     if not out.is_contiguous():
         out.detach().copy_(blocks.view(out.shape))
     return out
 
 
-def _check_rule(rule: str) -> None:
+def check_rule(rule: str) -> None:
     if rule not in get_args(Rule):
         raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(get_args(Rule))}")
 

@@ -84,6 +84,8 @@ if triton is not None:
     _PLACES = tl.constexpr(len(STEPS["mse"]))
     _PLACE_MASK = tl.constexpr((1 << ORDER_BITS) - 1)
     _INFINITE = tl.constexpr(0x7F800000)
+    _MOST = tl.constexpr(0x45280000)
+    """The bits of 6 x 448."""
 
     @triton.jit
     def _value(code):  # type: ignore[no-untyped-def]
@@ -103,12 +105,16 @@ if triton is not None:
         return tl.where(x < 0.015625, small, normal)
 
     @triton.jit
-    def _round(y):  # type: ignore[no-untyped-def]
-        """The nearest level, ties to the even code; y >= 0. As in `trainer.nvfp4_plain`."""
-        y = tl.minimum(y, 6.0)
+    def _near(y):  # type: ignore[no-untyped-def]
+        """`_round` for 0 <= y < 7."""
         above = (tl.maximum(y, 1.0).to(tl.int32, bitcast=True) & 0x7F800000) + (22 << 23)
         magic = above.to(tl.float32, bitcast=True)
         return (y + magic) - magic
+
+    @triton.jit
+    def _round(y):  # type: ignore[no-untyped-def]
+        """The nearest level, ties to the even code; y >= 0. As in `trainer.nvfp4_plain`."""
+        return _near(tl.minimum(y, 6.0))
 
     @triton.jit
     def _quotient(a, s, r):  # type: ignore[no-untyped-def]
@@ -117,14 +123,38 @@ if triton is not None:
         return tl.fma(tl.fma(-q, s, a), r, q)
 
     @triton.jit
-    def _square(a, s, r):  # type: ignore[no-untyped-def]
-        """(a / s - its level)^2; s and r as in `_quotient`."""
+    def _quotients(a, scale):  # type: ignore[no-untyped-def]
+        """The magnitudes a [rows, 16] of blocks divided by their scales, 0 where that is 0 (of either sign)."""
+        s = tl.where(scale == 0.0, 1.0, scale)
+        r = tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, s))
+        return _quotient(a, s[:, None], r[:, None])
+
+    @triton.jit
+    def _square(a, s, r, CLIP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        """(a / s - its level)^2; s and r as in `_quotient`. CLIP: a / s may be 7 or more."""
         q = _quotient(a, s, r)
-        d = q - _round(q)
+        level = _near(tl.minimum(q, 6.0)) if CLIP else _near(q)
+        d = q - level
         return d * d
 
     @triton.jit
-    def _choose(a, top, MSE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    def _error(  # type: ignore[no-untyped-def]
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, s, CLIP: tl.constexpr,  # noqa: N803
+    ):  # fmt: skip
+        """The squared error of a block under scale s; this order of addition is part of the rule."""
+        r = tl.div_rn(1.0, s)
+        x0 = _square(a0, s, r, CLIP) + _square(a8, s, r, CLIP)
+        x1 = _square(a1, s, r, CLIP) + _square(a9, s, r, CLIP)
+        x2 = _square(a2, s, r, CLIP) + _square(a10, s, r, CLIP)
+        x3 = _square(a3, s, r, CLIP) + _square(a11, s, r, CLIP)
+        x4 = _square(a4, s, r, CLIP) + _square(a12, s, r, CLIP)
+        x5 = _square(a5, s, r, CLIP) + _square(a13, s, r, CLIP)
+        x6 = _square(a6, s, r, CLIP) + _square(a14, s, r, CLIP)
+        x7 = _square(a7, s, r, CLIP) + _square(a15, s, r, CLIP)
+        return (((x0 + x4) + (x2 + x6)) + ((x1 + x5) + (x3 + x7))) * s * s
+
+    @triton.jit
+    def _choose_if(a, top, SATURATED: tl.constexpr, MSE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
         """The scale's code, int32 [ROWS], of blocks with magnitudes a [ROWS, 16] and the bits ``top`` of their
         largest."""
         most = top.to(tl.float32, bitcast=True)
@@ -149,22 +179,25 @@ if triton is not None:
             least = tl.full((ROWS,), 0x7FFFFFFF, tl.int32)
             for place in tl.static_range(_PLACES):
                 s = _value(tl.minimum(tl.maximum(first + _STEPS[place], 1), 126))
-                r = tl.div_rn(1.0, s)
-                x0 = _square(a0, s, r) + _square(a8, s, r)
-                x1 = _square(a1, s, r) + _square(a9, s, r)
-                x2 = _square(a2, s, r) + _square(a10, s, r)
-                x3 = _square(a3, s, r) + _square(a11, s, r)
-                x4 = _square(a4, s, r) + _square(a12, s, r)
-                x5 = _square(a5, s, r) + _square(a13, s, r)
-                x6 = _square(a6, s, r) + _square(a14, s, r)
-                x7 = _square(a7, s, r) + _square(a15, s, r)
-                error = (((x0 + x4) + (x2 + x6)) + ((x1 + x5) + (x3 + x7))) * s * s
+                if SATURATED or _STEPS[place] <= 0:
+                    error = _error(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, s, True)
+                else:
+                    error = _error(a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15, s, False)
                 least = tl.minimum(least, (error.to(tl.int32, bitcast=True) & ~_PLACE_MASK) | place)
             place = least & _PLACE_MASK
             step = tl.where(place == 0, 0, tl.where(place == 1, -1, place - 1))
             code = tl.minimum(tl.maximum(first + step, 1), 126)
         code = tl.where(top > 0, code, 0)
         return tl.where(top < _INFINITE, code, 0x7F)
+
+    @triton.jit
+    def _choose(a, top, MSE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+        """`_choose_if`: a scale above amax / 6 clips nothing, unless it is 448."""
+        if tl.max(top, axis=0) > _MOST:
+            code = _choose_if(a, top, True, MSE, ROWS)
+        else:
+            code = _choose_if(a, top, False, MSE, ROWS)
+        return code
 
     @triton.jit
     def _settle(w, given, row, there, KEEP: tl.constexpr, MSE: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
@@ -196,9 +229,9 @@ if triton is not None:
         code = _settle(w, given, row, there, KEEP, MSE, ROWS)
         wrong = (code & 0x7F) == 0x7F
         _tell(wrong, bad)
-        s = _value(code)[:, None]
-        y = tl.div_rn(tl.abs(w), tl.where(s == 0.0, float("inf"), s))
-        value = tl.abs(_round(y) * s)
+        scale = _value(code)
+        s = scale[:, None]
+        value = tl.abs(_round(_quotients(tl.abs(w), scale)) * s)
         sign = w.to(tl.int32, bitcast=True) & (-0x80000000)
         value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
         value = tl.where(wrong[:, None], float("nan"), value)
@@ -223,11 +256,16 @@ if triton is not None:
             wrong = (code & 0x7F) == 0x7F
             scale = _value(code)
         _tell(wrong, bad)
-        s = scale[:, None]
-        y = tl.div_rn(w, tl.where(s == 0.0, float("inf"), s))
-        level = _round(tl.abs(y))
+        if FIXED:
+            s = scale[:, None]
+            y = tl.div_rn(w, tl.where(s == 0.0, float("inf"), s))
+            sign = y.to(tl.int32, bitcast=True)
+            level = _round(tl.abs(y))
+        else:
+            sign = w.to(tl.int32, bitcast=True)
+            level = _round(_quotients(tl.abs(w), scale))
         index = tl.where(level < 1.0, (level * 2.0).to(tl.int32), (level.to(tl.int32, bitcast=True) >> 22) - 252)
-        nibble = index | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
+        nibble = index | ((sign >> 28) & 8)
         nibble = nibble << ((tl.arange(0, 16) % 8) * 4)[None, :]
         word = tl.sum(tl.reshape(nibble, (ROWS, 2, 8)), axis=2)
         tl.store(codes + row[:, None] * 2 + tl.arange(0, 2)[None, :], word, mask=there[:, None])

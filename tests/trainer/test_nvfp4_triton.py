@@ -12,11 +12,11 @@ from trainer.nvfp4 import (
     Rule,
     dequantise,
     fake_quantise_,
-    fake_quantise_many_,
     quantise,
     quantise_activations,
     quantise_with_scales,
 )
+from trainer.nvfp4_many import fake_quantise_many_, quantise_many
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,6 +126,7 @@ def test_the_quotient_by_hand_is_the_ieee_one() -> None:
     [
         lambda w, keep: quantise(w, name="a"),
         lambda w, keep: quantise(w, name="a", keep=keep),
+        lambda w, keep: quantise_many([("b", torch.ones_like(w), None), ("a", w, keep)]),
         lambda w, keep: quantise_with_scales(w, keep, name="a"),
         lambda w, keep: fake_quantise_(w, torch.empty_like(w), name="a"),
         lambda w, keep: fake_quantise_many_([("b", torch.ones_like(w), torch.empty_like(w), None),
@@ -162,6 +163,11 @@ def test_many_are_rounded_as_one_by_one() -> None:
         one = torch.empty_like(out)
         fake_quantise_(source, one, keep=scale)
         assert torch.equal(bits(out), bits(one))
+    for source, scale, found in zip(
+        sources, kept, quantise_many(list(zip(("x", "y", "z"), sources, kept, strict=True))), strict=True
+    ):
+        expected = quantise(source, keep=scale)
+        assert [torch.equal(bits(x), bits(y)) for x, y in zip(found, expected, strict=True)] == [True, True]
 
 
 def test_activations_with_an_infinity_become_nan_in_their_block_alone() -> None:
