@@ -120,7 +120,7 @@ def quantise_with_scales(w: Tensor, scale: Tensor, *, name: str = "") -> Tensor:
         qdata[part] = nvfp4_plain.encode(slab, scales[part])
 
     def quick(bad: Tensor) -> None:
-        nvfp4_triton.encode(blocks, scales, qdata, None, "", bad)
+        nvfp4_triton.encode_under(blocks, scales, qdata, bad)
 
     _work(blocks.shape[0], piece, plain, quick, name, values=blocks, scales=scales)
     return qdata.view(w.shape[0], w.shape[1] // 2)

@@ -75,9 +75,13 @@ class _Flags:
     def __init__(self) -> None:
         self._raised: list[Tensor] = []
         self._explain: list[Callable[[], object]] = []
+        self._free: dict[torch.device, list[Tensor]] = {}
 
     def new(self, w: Tensor, name: str, keep: Tensor | None, rule: Rule) -> Tensor:
-        self._raised.append(torch.zeros(1, dtype=torch.int32, device=w.device))
+        free = self._free.setdefault(w.device, [])
+        if not free:  # many at once: clearing memory costs a launch
+            free.extend(torch.zeros(512, dtype=torch.int32, device=w.device).split(1))  # type: ignore[no-untyped-call]
+        self._raised.append(free.pop())
         self._explain.append(lambda: quantise(w, rule=rule, name=name, keep=keep))
         return self._raised[-1]
 
