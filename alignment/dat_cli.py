@@ -15,6 +15,7 @@ from alignment.show import harmless
 
 app = typer.Typer(no_args_is_help=True, help="Look into a .dat file, check it, compare two, import and export.")
 app.command("import")(transfer_cli.import_)
+app.command("export")(transfer_cli.export)
 
 File = Annotated[Path, typer.Argument(help="A .dat file.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="For a program: JSON instead of a table.")]
