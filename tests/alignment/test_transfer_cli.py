@@ -154,3 +154,46 @@ def test_what_the_hub_refuses_is_one_line(
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith(f"align: {said}")
     assert not (tmp_path / "m").exists()
+
+
+def test_export_finds_the_model_folder_and_says_what_was_rounded(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model / "base.dat"
+    code, out, said = align(capsys, monkeypatch, "export", base, "--to", "hf", "--out", tmp_path / "hf")
+    assert (code, said) == (0, "")
+    assert out.startswith("rounded to bfloat16: 6 tensors that were not NVFP4 (first model.embed_tokens.weight)\n")
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    alone = tmp_path / "alone.dat"
+    alone.write_bytes(base.read_bytes())
+    for arguments in (["gguf", "--out", tmp_path / "x.gguf"], ["hf", "--layout", "nvfp4", "--out", tmp_path / "nv"]):
+        command = ["export", alone, "--model-folder", tiny_model, "--to", *arguments]
+        code, out, said = align(capsys, monkeypatch, *command)
+        assert (code, out, said) == (0, f"{arguments[-1]}\n" if "gguf" in arguments else out, "")
+        code, out, said = align(capsys, monkeypatch, *command)
+        assert (code, out) == (2, "")
+        assert said.startswith(f"align: {arguments[-1]} exists already")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--to", "onnx"], "align: --to onnx: choose hf or gguf"),
+        (["--to", "hf", "--layout", "int8"], "align: --layout int8: choose bfloat16 or nvfp4"),
+        (["--to", "gguf", "--layout", "nvfp4"], "align: --layout nvfp4 is for --to hf"),
+        (["--to", "hf"], "align: no model folder for "),
+    ],
+)
+def test_a_wrong_export_is_one_line(
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "x.dat").write_bytes(b"\0")
+    code, _, heard = align(capsys, monkeypatch, "export", tmp_path / "x.dat", "--out", tmp_path / "out", *options)
+    assert code == 2
+    assert heard.startswith(said)
+    assert len(heard.splitlines()) == 1
+    assert not (tmp_path / "out").exists()

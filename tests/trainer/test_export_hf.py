@@ -158,3 +158,17 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="hf exists already"):
         write_hf(folder / "base.dat", folder, tmp_path / "hf")
     assert len(TOKENS) == load(folder / "base.dat").config.vocab_size
+
+
+@pytest.mark.filterwarnings("ignore")  # that package's own
+@pytest.mark.parametrize("architecture", MODELS)
+def test_transformers_loads_the_nvfp4_layout(tmp_path: Path, architecture: str) -> None:
+    """With the compressed-tensors package, which reads it: the very logits of the bfloat16 export."""
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    folder = model_folder(tmp_path, architecture, tied=True)
+    write_hf(folder / "base.dat", folder, tmp_path / "four", layout="nvfp4")
+    write_hf(folder / "base.dat", folder, tmp_path / "half")
+    four, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("four", "half"))
+    assert {name for name, _ in four.named_parameters() if name.endswith("_packed")}
+    with torch.no_grad():
+        assert torch.equal(four(IDS).logits, half(IDS).logits)
