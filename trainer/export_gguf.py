@@ -54,16 +54,22 @@ def _refuse_what_differs(source: ExportSource) -> None:
         raise TransferError(f"{where}: activation {config.hidden_act!r} cannot be exported as GGUF: only silu")
     if getattr(config, "use_sliding_window", False):
         raise TransferError(f"{where}: a sliding window cannot be exported as GGUF")
+    if config.model_type == "qwen2" and _head(config) * config.num_attention_heads != config.hidden_size:
+        raise TransferError(f"{where}: llama.cpp takes no qwen2 model with heads of {_head(config)} features")
     biases = [name for name in source.shapes if name.endswith(".bias")]
     if config.model_type != "qwen2" and biases:
         raise TransferError(f"{source.path}: {biases[0]}: a {config.model_type} model in GGUF has no biases")
+
+
+def _head(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _add_numbers(writer: Any, source: ExportSource) -> None:
     import gguf
 
     config = source.config
-    head = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head = _head(config)
     writer.add_name(source.path.stem)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)

@@ -143,3 +143,23 @@ def test_ids_without_a_token_are_unused_ones_and_ids_beyond_are_refused() -> Non
     assert tokens(Path("t"), plain, 4) == (["a", "[PAD1]", "<x>", "[PAD3]"], [1, 5, 4, 5])
     with pytest.raises(TransferError, match=r"token '<x>' has id 2, config\.json has 2 ids"):
         tokens(Path("t"), plain, 2)
+
+
+def test_what_llama_cpp_cannot_load_is_refused(tmp_path: Path) -> None:
+    model = tiny("qwen2", tied=True, head=32)
+    source = write_checkpoint(tmp_path / "hf", model)
+    file = write_dat(tmp_path / "x.dat", dict(model.state_dict()))
+    with pytest.raises(TransferError, match="no qwen2 model with heads of 32"):
+        write_gguf(file, source, tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_biases_that_llama_cpp_does_not_add_are_refused(tmp_path: Path, architecture: str) -> None:
+    folder = model_folder(tmp_path, architecture, tied=True)
+    config_type, model_type = MODELS[architecture]
+    config = config_type.from_pretrained(folder)
+    config.attention_bias = True
+    config.save_pretrained(folder)
+    file = write_dat(tmp_path / "x.dat", dict(model_type(config).state_dict()))
+    with pytest.raises(TransferError, match=rf"x\.dat: model.*bias: a {architecture} model in GGUF has no biases"):
+        write_gguf(file, folder, tmp_path / "x.gguf")
