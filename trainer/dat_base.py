@@ -15,7 +15,7 @@ from trainer.dat_format import Entry
 from trainer.dat_pairs import Pair, tensors
 from trainer.dat_verify import value_problems
 from trainer.gguf_base import is_paired
-from trainer.hf_base import copy_model_texts, read_config
+from trainer.hf_base import copy_model_texts, read_config, shapes_of
 from trainer.nvfp4 import Rule, quantise
 from trainer.transfer import TransferError
 
@@ -28,13 +28,13 @@ def write_model_folder(source: Path, texts: Path, folder: Path, *, rule: Rule) -
 
     Raises TransferError (entries missing, unknown or of another shape), DatError (a broken file), ModelError.
     """
-    from trainer.model import parameter_shapes, read_folder
+    from trainer.model import read_folder
 
     with DatReader(source) as reader:  # first: what is no .dat is told as such, whatever lies beside it
         read_config(texts)
         copy_model_texts(texts, folder)
         config, _ = read_folder(folder)
-        names = parameter_shapes(config)
+        names = shapes_of(texts, config)
         held = tensors(reader.entries, reader.pairs())
         _check(source, held, names, tied=bool(getattr(config, "tie_word_embeddings", False)))
         for problem in value_problems(reader):

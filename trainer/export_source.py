@@ -16,6 +16,7 @@ from torch import Tensor
 from trainer.dat import DatReader
 from trainer.dat_format import Entry, ScalarType
 from trainer.dat_pairs import Pair, tensors
+from trainer.hf_base import shapes_of
 from trainer.nvfp4 import dequantise
 from trainer.transfer import TransferError, check_model_type, read_json
 
@@ -31,7 +32,7 @@ class ExportSource:
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
-        from trainer.model import parameter_shapes, read_folder
+        from trainer.model import read_folder
 
         self.path, self.folder = path, folder
         self.reader = DatReader(path)
@@ -39,7 +40,7 @@ class ExportSource:
         """config.json as it is."""
         self.config, self.tokenizer = read_folder(folder)
         self.held = tensors(self.reader.entries, self.reader.pairs())
-        self.shapes = parameter_shapes(self.config)
+        self.shapes = shapes_of(folder, self.config)
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
         self._check(tied)
         self.tied = HEAD not in self.held or self._head_is_embedding()

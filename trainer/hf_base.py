@@ -59,6 +59,18 @@ def read_config(folder: Path) -> Any:
         raise TransferError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
+def shapes_of(folder: Path, config: Any) -> dict[str, tuple[int, ...]]:
+    """``parameter_shapes`` of the config.json in ``folder``. Raises TransferError for numbers that make no model."""
+    from trainer.model import parameter_shapes
+
+    try:
+        return parameter_shapes(config)
+    except Exception as error:  # whatever transformers and torch make of nonsense: no heads, a padding token beyond
+        raise TransferError(
+            f"{folder / 'config.json'}: describes no model ({_said(error) or type(error).__name__})"
+        ) from error
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's safetensors files. Raises TransferError when one that the index names is missing."""
     return list(dict.fromkeys(_locate(folder).values())) if (folder / INDEX).is_file() else [_single(folder)]
@@ -172,14 +184,14 @@ def write_model_folder(source: Path, folder: Path, *, rule: Rule) -> None:
 
     Raises TransferError, ModelError for a configuration or tokenizer that transformers cannot read.
     """
-    from trainer.model import parameter_shapes, read_folder
+    from trainer.model import read_folder
 
     config = read_config(source)
     with ExitStack() as stack:
         checkpoint = Checkpoint(source, stack)  # before anything is written: most mistakes show here
         copy_model_texts(source, folder)
         config, _ = read_folder(folder)
-        names = parameter_shapes(config)
+        names = shapes_of(source, config)
         write_base(folder / "base.dat", read_weights(checkpoint, config, names), names, rule=rule)
 
 

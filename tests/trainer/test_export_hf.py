@@ -76,6 +76,18 @@ def test_a_head_that_is_the_embedding_is_tied_and_not_stored_twice(tmp_path: Pat
     assert torch.equal(own.lm_head.weight, own.model.embed_tokens.weight)
 
 
+def test_a_head_of_other_values_is_stored_whatever_the_configuration_says(tmp_path: Path) -> None:
+    model = tiny("qwen3", tied=True)
+    source = write_checkpoint(tmp_path / "hf", model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    weights["lm_head.weight"][3, 5] += 1
+    write_hf(write_dat(tmp_path / "x.dat", weights), source, tmp_path / "out")
+    own = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert not own.config.tie_word_embeddings
+    assert torch.equal(own.lm_head.weight.float(), weights["lm_head.weight"].bfloat16().float())
+    assert not torch.equal(own.lm_head.weight, own.model.embed_tokens.weight)
+
+
 def test_a_folder_comes_back_as_the_weights_it_was(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "qwen2", tied=False)
     write_hf(folder / "base.dat", folder, tmp_path / "out")

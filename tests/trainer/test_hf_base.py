@@ -160,6 +160,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: holds a list"),
     "config cut": (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON in UTF-8"),
     "config nonsense": (lambda f: edit(f / "config.json", hidden_size="wide"), "config.json: cannot be read"),
+    "no heads": (lambda f: edit(f / "config.json", num_attention_heads=0), "config.json: "),
+    "padding beyond": (lambda f: edit(f / "config.json", pad_token_id=10**6), "config.json: "),
     "no config": (lambda f: (f / "config.json").unlink(), "not a Hugging Face checkpoint: no config.json"),
     "no weights": (lambda f: (f / SINGLE).unlink(), "neither model.safetensors nor model.safetensors.index.json in it"),
     "pickle": (
