@@ -19,7 +19,7 @@ def import_(
     source: Annotated[
         str,
         typer.Argument(
-            help="A Hugging Face folder or id (org/name[@revision]), a .gguf, or a .dat.", show_default=False
+            help="A Hugging Face folder, an id (org/name or org/name@revision), a .gguf, or a .dat.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option(help="The model folder to make; it must not exist.")],
