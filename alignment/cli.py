@@ -171,8 +171,9 @@ def _mistakes() -> tuple[type[Exception], ...]:
     from trainer.examples import DataError
     from trainer.gguf_base import GgufError
     from trainer.sources import SourceError
+    from trainer.transfer import TransferError
 
-    return (Fault, RunError, DataError, GgufError, SourceError, *INPUT_ERRORS)
+    return (Fault, RunError, DataError, GgufError, SourceError, TransferError, *INPUT_ERRORS)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``align dat``: look into a `.dat` file, check it, compare two."""
+"""``align dat``: look into a `.dat` file, check it, compare two; `transfer_cli` adds import and export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Annotated, Any
 import typer
 from tabulate import tabulate
 
+from alignment import transfer_cli
 from alignment.show import harmless
 
-app = typer.Typer(no_args_is_help=True, help="Look into a .dat file, check it, compare two.")
+app = typer.Typer(no_args_is_help=True, help="Look into a .dat file, check it, compare two, import and export.")
+app.command("import")(transfer_cli.import_)
+app.command("export")(transfer_cli.export)
 
 File = Annotated[Path, typer.Argument(help="A .dat file.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="For a program: JSON instead of a table.")]

@@ -105,6 +105,8 @@ def read_weights(reader: Any, config: Any, names: dict[str, tuple[int, ...]]) ->
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).astype("float32", copy=True))
         if weight.numel() != _count(shape):
             raise GgufError(f"{path}: {key} has {weight.numel()} values, {name} needs {list(shape)}")
+        if not bool(torch.isfinite(weight).all()):
+            raise GgufError(f"{path}: {key} holds values that are NaN or infinite")
         weight = weight.reshape(shape)
         if architecture == "llama" and ".self_attn.q_proj." in name:
             weight = _rows_to_half_split(weight, config.num_attention_heads)
@@ -125,9 +127,15 @@ def write_model_folder(gguf_path: Path, folder: Path, *, rule: Rule) -> None:
 
     reader = open_gguf(gguf_path)
     where, file = str(gguf_path.parent), gguf_path.name
-    with _already_open(reader):
-        config = AutoConfig.from_pretrained(where, gguf_file=file, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
+    try:
+        with _already_open(reader):
+            config = AutoConfig.from_pretrained(where, gguf_file=file, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file, local_files_only=True)
+    except Exception as error:  # fields that are missing or odd raise as each line of transformers' reader happens to
+        said = " ".join(str(error).split())
+        raise GgufError(
+            f"{gguf_path}: configuration or tokenizer cannot be read ({type(error).__name__}: {said})"
+        ) from error
     width = reader.fields.get(f"{config.model_type}.attention.key_length")  # transformers' reader passes over it
     if width is not None:
         config.head_dim = int(width.contents())

@@ -165,6 +165,28 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "base.dat").exists()
 
 
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.mlp.up_proj"])
+def test_nan_is_named(tmp_path: Path, name: str) -> None:
+    model = tiny("llama", tied=True)
+    with torch.no_grad():
+        model.get_submodule(name).weight.view(-1)[3] = torch.nan
+    path = write_gguf(tmp_path / "x.gguf", model)
+    with pytest.raises(GgufError, match=r"x\.gguf: (output_norm|blk\.0\.ffn_up)\.weight holds values that are NaN"):
+        write_model_folder(path, tmp_path, rule="mse")
+
+
+def test_a_tokenizer_that_transformers_cannot_read_is_one_line(tmp_path: Path) -> None:
+    class Without(gguf.GGUFWriter):
+        def add_token_merges(self, merges: Any) -> None:
+            """Left out."""
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFWriter", Without)
+        path = write_gguf(tmp_path / "x.gguf", tiny("llama", tied=True))
+    with pytest.raises(GgufError, match=r"x\.gguf: configuration or tokenizer cannot be read \(KeyError"):
+        write_model_folder(path, tmp_path, rule="mse")
+
+
 def test_a_tensor_of_another_size_is_named(tmp_path: Path) -> None:
     model = tiny("llama", tied=True)
     model.model.norm.weight = torch.nn.Parameter(torch.ones(HIDDEN + 16))
