@@ -214,7 +214,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             evaluation = accepted.evaluation
             terminal.write_line(
                 f"align: {judge.weight} (sha256 {accepted.weight_sha256[:12]}) against its base "
-                f"({accepted.base_sha256[:12]}) in numerics {accepted.numerics}: {len(evaluation.outcomes)} cases, drift {evaluation.drift:.3f}"
+                f"({accepted.base_sha256[:12]}), numerics {accepted.numerics}: "
+                f"{len(evaluation.outcomes)} cases, drift {evaluation.drift:.3f}"
             )
 
 
