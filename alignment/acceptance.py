@@ -3,7 +3,7 @@
     accepted = judge_file(Path("x.dat"), model=None, base=None, specs=Path("specs"), template="chat")
     accepted.assessment.green, accepted.evaluation.outcomes
 
-    python -m alignment.acceptance x.dat --json answer.json        # the same in a process of its own
+    python -m alignment.acceptance x.dat --json answer.json        # in a process of its own, and in both numerics
 
 The pytest plugin and the fresh process that ends ``align run`` both go through here, so that neither can be greener
 than the other. Replies of both files go through the reply cache, keyed by their hashes.
@@ -33,6 +33,8 @@ from trainer.dat_errors import DatError
 from trainer.files import atomic_write
 from trainer.generate import NonFiniteError, Reply, generate
 from trainer.model import LanguageModel, ModelError, Template, load
+from trainer.numerics import Numerics
+from trainer.numerics import other as other_numerics
 
 INPUT_ERRORS = (DatError, ManifestError, ModelError, NonFiniteError, OSError, SpecError)
 """What is wrong with the files given to ``judge_file``: the user's to mend, in one line (``one_line``)."""
@@ -59,44 +61,60 @@ class Acceptance:
     unstable: list[dict[str, str]] = dataclasses.field(default_factory=list)
     """Passing cases whose reply fails at batch size 1 (``alone``): id, batched, alone."""
     drift_bound: float = DRIFT_BOUND
+    numerics: Numerics = "weights"
+    """Of ``evaluation`` and ``assessment``."""
+    other: Evaluation | None = None
+    """The same cases in the other numerics, against the base in these (``both``). Decides nothing."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for another process (``from_json``)."""
-        outcomes = [
-            {"id": o.case.id} | {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if f.name != "case"}
-            for o in self.evaluation.outcomes
-        ]
-        for row in outcomes:
-            row |= {key: dataclasses.asdict(row[key]) for key in ("reply", "base_reply")}
         return {
-            "outcomes": outcomes,
-            "seconds": self.evaluation.seconds,
-            **{key: getattr(self, key) for key in ("weight_sha256", "base_sha256", "unstable", "drift_bound")},
+            "evaluation": _plain(self.evaluation),
+            "other": _plain(self.other) if self.other else None,
+            **{key: getattr(self, key) for key in _AS_THEY_ARE},
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any], suite: Suite) -> Acceptance:
         """What ``to_json`` gave, with the cases of the same suite. Raises KeyError for a case of another suite."""
-        cases = {case.id: case for case in suite.cases}
-        outcomes = tuple(
-            Outcome(
-                case=cases[row["id"]],
-                reply=_reply(row["reply"]),
-                base_reply=_reply(row["base_reply"]),
-                failures=tuple(row["failures"]),
-                base_failures=tuple(row["base_failures"]),
-                drift=row["drift"],
-                base_margin=row["base_margin"],
-                hijacked=row["hijacked"],
-            )
-            for row in data["outcomes"]
-        )
-        evaluation = Evaluation(outcomes=outcomes, splits=SPLITS, seconds=data["seconds"])
+        evaluation = _evaluation(data["evaluation"], suite)
         return cls(
             evaluation=evaluation,
             assessment=assess(evaluation, drift_bound=data["drift_bound"]),
-            **{key: data[key] for key in ("weight_sha256", "base_sha256", "unstable", "drift_bound")},
+            other=_evaluation(data["other"], suite) if data["other"] else None,
+            **{key: data[key] for key in _AS_THEY_ARE},
         )
+
+
+_AS_THEY_ARE = ("weight_sha256", "base_sha256", "unstable", "drift_bound", "numerics")
+
+
+def _plain(evaluation: Evaluation) -> dict[str, Any]:
+    outcomes = [
+        {"id": o.case.id} | {f.name: getattr(o, f.name) for f in dataclasses.fields(o) if f.name != "case"}
+        for o in evaluation.outcomes
+    ]
+    for row in outcomes:
+        row |= {key: dataclasses.asdict(row[key]) for key in ("reply", "base_reply")}
+    return {"outcomes": outcomes, "seconds": evaluation.seconds}
+
+
+def _evaluation(data: dict[str, Any], suite: Suite) -> Evaluation:
+    cases = {case.id: case for case in suite.cases}
+    outcomes = tuple(
+        Outcome(
+            case=cases[row["id"]],
+            reply=_reply(row["reply"]),
+            base_reply=_reply(row["base_reply"]),
+            failures=tuple(row["failures"]),
+            base_failures=tuple(row["base_failures"]),
+            drift=row["drift"],
+            base_margin=row["base_margin"],
+            hijacked=row["hijacked"],
+        )
+        for row in data["outcomes"]
+    )
+    return Evaluation(outcomes=outcomes, splits=SPLITS, seconds=data["seconds"])
 
 
 def _reply(data: dict[str, Any]) -> Reply:
@@ -121,11 +139,14 @@ def judge_file(
     progress: Progress | None = None,
     drift_bound: float = DRIFT_BOUND,
     alone: bool = False,
+    numerics: Numerics = "weights",
+    both: bool = False,
 ) -> Acceptance:
-    """Judge ``weight`` on all specs of the folder ``specs``. Raises ``INPUT_ERRORS``.
+    """Judge ``weight`` on all specs of the folder ``specs``, both files in ``numerics``. Raises ``INPUT_ERRORS``.
 
     ``model`` and ``base`` default to what the weight's manifest names, ``base`` then to ``base.dat`` in the model
-    folder. ``alone``: also ask narrowly decided cases one by one. At most one of the two models is in memory at a time.
+    folder. ``alone``: also ask narrowly decided cases one by one. ``both``: also ask everything in the other numerics.
+    At most one of the two models is in memory at a time, and each is loaded once.
     """
     suite = collect(specs)
     folder = model_folder_of(weight, model)
@@ -133,31 +154,43 @@ def judge_file(
     check_headers(weight)
     chosen = pick_device(device)
     base_lm = load(base, folder=folder, device=chosen)
-    evaluator = Evaluator(
-        base_lm,
-        suite,
-        splits=SPLITS,
-        template=template,
-        cache=ReplyCache(),
-        progress=(lambda done, total: progress("base", done, total)) if progress else None,
-    )
+    asked: tuple[Numerics, ...] = (numerics, other_numerics(numerics)) if both else (numerics,)
+    evaluators: dict[Numerics, Evaluator] = {}
+    for each in asked:
+        base_lm.use(each)
+        evaluators[each] = Evaluator(
+            base_lm,
+            suite,
+            splits=SPLITS,
+            template=template,
+            cache=ReplyCache(),
+            progress=(lambda done, total: progress("base", done, total)) if progress else None,
+        )
     base_sha256 = base_lm.weights_sha256
     lm = base_lm if weight.samefile(base) else None
     del base_lm  # a base of 8 GB must not stay beside the candidate
     lm = lm or load(weight, folder=folder, device=chosen)
-    evaluation = evaluator(
-        lm,
-        *SPLITS,
-        cached=True,
-        progress=(lambda done, total: progress("weight", done, total)) if progress else None,
-    )
+    evaluations: list[Evaluation] = []
+    for each in asked:
+        lm.use(each)
+        evaluations.append(
+            evaluators[each](
+                lm,
+                *SPLITS,
+                cached=True,
+                progress=(lambda done, total: progress("weight", done, total)) if progress else None,
+            )
+        )
+    lm.use(numerics)
     return Acceptance(
-        evaluation=evaluation,
-        assessment=assess(evaluation, drift_bound=drift_bound),
+        evaluation=evaluations[0],
+        assessment=assess(evaluations[0], drift_bound=drift_bound),
         weight_sha256=lm.weights_sha256,
         base_sha256=base_sha256,
-        unstable=unstable_cases(lm, evaluator, evaluation) if alone else [],
+        unstable=unstable_cases(lm, evaluators[numerics], evaluations[0]) if alone else [],
         drift_bound=drift_bound,
+        numerics=numerics,
+        other=evaluations[1] if both else None,
     )
 
 
@@ -211,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, metavar="FILE")
     parser.add_argument("--specs", type=Path, default=Path("specs"), metavar="DIR")
     parser.add_argument("--template", choices=get_args(Template), default="chat")
+    parser.add_argument("--numerics", choices=get_args(Numerics), default="weights", help="what decides")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--drift-bound", type=float, default=DRIFT_BOUND)
     options = parser.parse_args(arguments)
@@ -224,6 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             drift_bound=options.drift_bound,
             alone=True,
+            numerics=options.numerics,
+            both=True,
         )
         with atomic_write(options.json, "w") as file:
             json.dump(accepted.to_json(), file, ensure_ascii=False)

@@ -1,8 +1,8 @@
 """Replies of unmodified files, kept between processes.
 
 One JSON file holds the replies of one setting; its key is everything that decides a reply: hash of the weights, hash of
-the tokenizer and template, arithmetic, device kind, decoding rules and library versions. The prompt is the rendered
-text with its limit. A cache keyed by the request alone would serve one model's answers to another.
+the tokenizer and template, numerics, arithmetic, device kind, decoding rules and library versions. The prompt is the
+rendered text with its limit. A cache keyed by the request alone would serve one model's answers to another.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class ReplyCache:
         setting = {
             "weights": lm.weights_sha256,
             "folder": lm.tokenizer_sha256,
+            "numerics": lm.numerics,
             "dtype": str(lm.dtype),
             "device": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else lm.device.type,
             "threads": torch.get_num_threads() if lm.device.type == "cpu" else 0,

@@ -104,6 +104,9 @@ def run(
     budget_minutes: Annotated[float | None, typer.Option(help="Most minutes of training.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     template: Annotated[str, typer.Option(help="How prompts are rendered: chat or runner.")] = "chat",
+    numerics: Annotated[
+        str, typer.Option(help="weights: 4-bit weights; w4a4: activations in 4 bits, too, as a 4-bit kernel does.")
+    ] = "weights",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Train until the specs pass, export, and judge the file in a fresh process.
@@ -136,6 +139,7 @@ def run(
         seed=seed,
         until_green=until_green,
         template=template,  # type: ignore[arg-type]
+        numerics=numerics,  # type: ignore[arg-type]
         device=device,
         fit=fit,
         **given,

@@ -7,11 +7,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from alignment.gate import DRIFT_BOUND
 from trainer.fit import FitConfig
 from trainer.model import Template
+from trainer.numerics import Numerics
 from trainer.nvfp4 import Rule
 
 
@@ -42,12 +43,16 @@ class RunConfig:
     retries: int = 3
     """How often the run steps back before it ends with ``regressed``."""
     rule: Rule = "mse"
+    numerics: Numerics = "weights"
+    """Of training and of every evaluation, the base's too. The artifact is judged by it, and looked at in the other."""
     dither: float = 0.5
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
         if self.out.suffix != ".dat":
             raise RunError(f"--out {self.out}: an artifact's name ends in .dat")
+        if self.numerics not in get_args(Numerics):
+            raise RunError(f"--numerics {self.numerics}: choose {' or '.join(get_args(Numerics))}")
         for name in ("steps", "eval_every"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")

@@ -28,7 +28,7 @@ def accept(record: RunRecord, config: RunConfig, file: Path, suite: Suite, devic
             *(sys.executable, "-m", "alignment.acceptance", str(file), "--json", str(answer)),
             *("--model", str(config.base_file.parent), "--base", str(config.base_file)),
             *("--specs", str(config.specs), "--template", config.template, "--device", str(device)),
-            *("--drift-bound", str(config.drift_bound)),
+            *("--drift-bound", str(config.drift_bound), "--numerics", config.numerics),
         ]
         environment = {
             **os.environ,
@@ -48,6 +48,7 @@ def accept(record: RunRecord, config: RunConfig, file: Path, suite: Suite, devic
         return
     record.final, record.assessment = accepted.evaluation, accepted.assessment
     record.unstable, record.accepted_in_fresh_process = accepted.unstable, True
+    record.other = accepted.other
     if not accepted.assessment.green:
         record.verdict = "red"
         record.cause = f"the exported file is not green: {'; '.join(accepted.assessment.reasons)}"

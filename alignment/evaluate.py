@@ -4,7 +4,8 @@
     evaluation = judge(candidate_lm, "anchor", "dev")
     evaluation.outcomes[0].passed, .failures, .reply, .base_reply
 
-Preserve and general cases also measure KL(base || candidate) per token on the base's own replies.
+Preserve and general cases also measure KL(base || candidate) per token on the base's own replies. Base and model are in
+the same numerics, or nothing is judged.
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ class Evaluator:
     ) -> None:
         """Generate (or take from ``cache``) the base's replies to ``splits``, and its states for the drift."""
         self.template = template
+        self.numerics = base.numerics
         self.cases = suite.select(*splits)
         self.cache = cache
         self.base_replies = dict(zip(self.cases, self.replies(base, self.cases, progress), strict=True))
@@ -211,7 +213,12 @@ class Evaluator:
     def __call__(
         self, lm: LanguageModel, *splits: Split, cached: bool = False, progress: Progress | None = None
     ) -> Evaluation:
-        """Judge ``lm`` on ``splits``. ``cached`` only for a model whose parameters are those of its file."""
+        """Judge ``lm`` on ``splits``. ``cached`` only for a model whose parameters are those of its file.
+
+        Raises ValueError for a model in other numerics than the base was in: the difference would count as the model's.
+        """
+        if lm.numerics != self.numerics:
+            raise ValueError(f"the base was asked in numerics {self.numerics}, the model is in {lm.numerics}")
         started = time.monotonic()
         cases = [case for case in self.cases if case.split in splits]
         if cached and self.cache is not None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alignment import disagree
 from alignment.gate import EXIT_CODES, Verdict
 from alignment.record import RunRecord
 from trainer.files import atomic_write, sha256_file
@@ -66,7 +67,8 @@ class Manifest:
     report_path: str | None
     report_sha256: str | None
     metrics: dict[str, Any]
-    """``drift`` and, under ``specs``, each spec's counts as in the gate; empty when there was no final evaluation."""
+    """``drift``; under ``specs``, each spec's counts as in the gate; ``numerics``: what decided, and passes in each.
+    Empty when there was no final evaluation."""
 
 
 def path_of(artifact: Path) -> Path:
@@ -116,7 +118,7 @@ def _metrics(record: RunRecord) -> dict[str, Any]:
     if record.assessment is None:
         return {}
     specs = {count.spec: {k: v for k, v in vars(count).items() if k != "spec"} for count in record.assessment.specs}
-    return {"drift": record.assessment.drift, "specs": specs}
+    return {"drift": record.assessment.drift, "specs": specs, **disagree.data(record, cases=False)}
 
 
 def json_bytes(data: Any) -> bytes:

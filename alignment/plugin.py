@@ -17,8 +17,8 @@ Under pytest-xdist every worker judges the file by itself: correct, but slower t
 warm; a file that fits no model is told by failing tests there.
 
 This module is imported by every pytest run on the machine, so it imports nothing heavy and does nothing until a spec
-file is collected. Should another plugin own ``--weight``, ``--model``, ``--base`` or ``--template``, use
-``--align-weight`` and so on; a conftest.py that defines one of them needs ``-p no:align``.
+file is collected. Should another plugin own ``--weight``, ``--model``, ``--base``, ``--template`` or ``--numerics``,
+use ``--align-weight`` and so on; a conftest.py that defines one of them needs ``-p no:align``.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("model", type=Path, metavar="DIR", help="its model folder (default: named by its manifest, or its own folder)")
     add("base", type=Path, metavar="FILE", help="the .dat to compare with (default: the manifest's, or DIR/base.dat)")
     add("template", choices=["chat", "runner"], default="chat", help="how prompts are rendered (default: chat)")
+    names = ["weights", "w4a4"]  # as trainer.numerics has them; importing that would bring torch
+    add("numerics", choices=names, default="weights", help="w4a4: activations in 4 bits, too (default: weights)")
 
 
 class Judge:
@@ -66,6 +68,7 @@ class Judge:
         self.model: Path | None = config.option.align_model
         self.base: Path | None = config.option.align_base
         self.template: Any = config.option.align_template
+        self.numerics: Any = config.option.align_numerics
         self.collect_only = bool(config.option.collectonly)
         self.accepted: dict[Path, Acceptance] = {}
         self.broken: dict[Path, str] = {}
@@ -119,7 +122,12 @@ class Judge:
         assert self.weight is not None, "a run starts only after _check_weight"
         try:
             self.accepted[folder] = acceptance.judge_file(
-                self.weight, model=self.model, base=self.base, specs=folder, template=self.template
+                self.weight,
+                model=self.model,
+                base=self.base,
+                specs=folder,
+                template=self.template,
+                numerics=self.numerics,
             )
         except acceptance.INPUT_ERRORS as error:
             raise pytest.UsageError(harmless(acceptance.one_line(error, self.weight))) from None
@@ -206,7 +214,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
             evaluation = accepted.evaluation
             terminal.write_line(
                 f"align: {judge.weight} (sha256 {accepted.weight_sha256[:12]}) against its base "
-                f"({accepted.base_sha256[:12]}): {len(evaluation.outcomes)} cases, drift {evaluation.drift:.3f}"
+                f"({accepted.base_sha256[:12]}), numerics {accepted.numerics}: "
+                f"{len(evaluation.outcomes)} cases, drift {evaluation.drift:.3f}"
             )
 
 

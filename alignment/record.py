@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.evaluate import Evaluation
 from alignment.gate import Assessment, Verdict
+from trainer.numerics import Numerics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +74,22 @@ class RunRecord:
     accepted_in_fresh_process: bool = False
     unstable: list[dict[str, str]] = field(default_factory=list)
     """Passing cases whose reply failed at batch size 1: id, batched, alone."""
+    other: Evaluation | None = None
+    """All splits of the same file in the numerics that did not decide (``trainer.numerics.other``)."""
     tensors: list[dict[str, Any]] = field(default_factory=list)
     """As trainer.dat_diff.Group.to_json, with ``trained``."""
 
+    @property
+    def numerics(self) -> Numerics:
+        """The numerics that decided."""
+        return "w4a4" if self.config.get("numerics") == "w4a4" else "weights"
+
     def plain(self) -> dict[str, Any]:
-        """JSON-ready data without the bulky evaluation; cases are added by the report."""
+        """JSON-ready data without the bulky evaluations; cases are added by the report."""
         keep = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("final", "assessment")
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("final", "assessment", "other")
         }
         return _plain(keep)  # type: ignore[no-any-return]
 

@@ -12,22 +12,20 @@ from __future__ import annotations
 import html
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from alignment import curves
+from alignment import curves, disagree
 from alignment.evaluate import Evaluation, Outcome
 from alignment.gate import DRIFT_BOUND, Assessment, Verdict, assess
 from alignment.manifest import json_bytes
+from alignment.markdown import code, escape, fenced, rows_as_they_are, table, visible
 from alignment.record import RunRecord
 from trainer.files import atomic_write
 
-LIMIT, LONG = 400, 4000
-"""Characters shown of a reply, and of a reason; report.json has all of them."""
+LONG = 4000
+"""Characters shown of a reason; report.json has all of them."""
 TO_TRY: dict[Verdict, str] = {
     "red": "read the failing cases below; add training rows that resemble them, or give the run more steps.",
     "regressed": "see below what was lost; lower the learning rate, or add replay and contrast rows like it.",
@@ -54,6 +52,7 @@ def write(record: RunRecord, folder: Path) -> Path:
 
 def _data(record: RunRecord, assessment: Assessment | None) -> dict[str, Any]:
     data = {"format": "align-report-1", **record.plain(), "assessment": assessment, "final": None}
+    data |= disagree.data(record)
     if final := record.final:
         more = ("passed", "base_passed", "lost", "gained", "changed")
         cases = [{"id": o.case.id, **vars(o), **{name: getattr(o, name) for name in more}} for o in final.outcomes]
@@ -67,9 +66,10 @@ def _lines(record: RunRecord, assessment: Assessment | None, bound: float) -> li
     name, path, digest = (record.base.get(key, "–") for key in ("name", "path", "sha256"))
     lines += [*_artifact(record), f"- Base: {escape(name)}, {code(path)}", f"- Base SHA-256: {code(digest)}"]
     lines += [f"- Started: {escape(record.started)}", ""]
-    lines += [*_fenced(record.command, "sh"), *_sentences(record, assessment, bound)]
+    lines += [*fenced(record.command, "sh"), *_sentences(record, assessment, bound)]
     lines += ["## Specs, before and after", "", *_specs(record, assessment, bound)]
     lines += ["## Replies", "", *_replies(record.final)]
+    lines += ["## Where the two numerics disagree", "", *disagree.lines(record, bound)]
     lines += ["## Course of the run", "", *_course(record)]
     lines += ["## Which tensors changed", "", *_tensors(record.tensors)]
     return [*lines, *_outcome(record), *_provenance(record)]
@@ -163,9 +163,7 @@ def _replies(final: Evaluation | None) -> list[str]:
         failed = sum(not o.passed for o in shown)
         title = f"{visible(spec)} ({kind}): {len(shown)} of {len(outcomes)} replies shown, {failed} of these fail"
         lines += [f"<details><summary>{html.escape(title)}</summary>", ""]
-        # No padding as tabulate does it: one long reply would widen every row.
-        head = [["Case", "Prompt", "Base reply", "Reply", "Result"], ["---"] * 5]
-        rows = ["| " + " | ".join(row) + " |" for row in (*head, *map(_reply, shown))]
+        rows = rows_as_they_are(["Case", "Prompt", "Base reply", "Reply", "Result"], [_reply(o) for o in shown])
         lines += rows if shown else ["Every reply is the base's."]
         lines += ["", "</details>", ""]
     return lines
@@ -243,57 +241,6 @@ def _provenance(record: RunRecord) -> list[str]:
     lines = ["## Provenance", ""]
     parts = {"Code": record.code, "Data and specs (SHA-256)": record.inputs, "Base": record.base}
     for title, values in (parts | {"Configuration": record.config, "Environment": record.environment}).items():
-        body = _fenced(json_bytes(values).decode().strip(), "json")
+        body = fenced(json_bytes(values).decode().strip(), "json")
         lines += [f"<details><summary>{title}</summary>", "", *body, "</details>", ""]
     return lines
-
-
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]], align: str) -> list[str]:
-    """A Markdown table of escaped cells and a blank line; ``align`` has one of l and r for each column."""
-    if not rows:
-        return ["None.", ""]
-    sides = [{"l": "left", "r": "right"}[side] for side in align]
-    # Left alone, tabulate would read "1e5" as a number and rewrite it.
-    text = tabulate(rows, headers=headers, tablefmt="pipe", colalign=sides, disable_numparse=True)
-    return [*text.split("\n"), ""]
-
-
-_MARKDOWN = {char: f"\\{char}" for char in "\\`*_[]~"} | {char: f"&#{ord(char)};" for char in "|$&<>"}
-
-
-def escape(value: object, limit: int = LIMIT) -> str:
-    """``value`` as inline Markdown (and table cell) that shows its characters and nothing else; long text is cut."""
-    text = str(value)
-    if not text.strip():
-        return f"<em>(empty)</em> {visible(text[:limit]).replace(' ', '␠')}".rstrip()
-    lines = text[:limit].replace("\r\n", "\n").split("\n")
-    shown = "<br>".join("".join(_MARKDOWN.get(char, char) for char in visible(line)) for line in lines)
-    shown = re.sub(r"(?<=[^\W_])\\_(?=[^\W_])", "_", shown)  # inside a word it marks nothing: lm_head stays readable
-    # Bare addresses become links on GitHub without any markup.
-    shown = re.sub(r"(?i)(www)\.", r"\1&#46;", shown.replace("://", "&#58;//"))
-    return shown if len(text) <= limit else f"{shown}… <em>({len(text):,} characters, {limit} shown)</em>"
-
-
-def visible(text: str) -> str:
-    """``text`` with a harmless picture for every character that steers a terminal, a line or the reading direction."""
-    hidden = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {"\u200d"}  # joins emoji
-    names = {
-        ord(c): f"⟨U+{ord(c):04X}⟩" if c > "\x7f" else "␡" if c == "\x7f" else chr(0x2400 + ord(c)) for c in hidden
-    }
-    return text.translate(names)
-
-
-def code(value: object) -> str:
-    """``value`` as a code span outside tables."""
-    text = visible(str(value))
-    return f"{_fence(text)} {text} {_fence(text)}" if "`" in text else f"`{text}`"
-
-
-def _fenced(text: str, language: str) -> list[str]:
-    fence = _fence(text, 3)
-    return [f"{fence}{language}", *map(visible, text.split("\n")), fence, ""]
-
-
-def _fence(text: str, least: int = 1) -> str:
-    """Backticks that ``text`` cannot close."""
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

@@ -97,7 +97,7 @@ class _Run:
         base_file = config.base_file
         view.say(f"base {base_file}")
         torch.manual_seed(config.seed)
-        base = load(base_file, device=self.device)
+        base = load(base_file, device=self.device, numerics=config.numerics)
         lm = dataclasses.replace(base, module=copy.deepcopy(base.module))
         self.record.base = {
             "name": base_file.parent.name,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from trainer.dat import DatError, DatReader, ScalarType
 from trainer.files import sha256_file
+from trainer.numerics import Numerics, NumericsError, numerics_of, set_numerics
 from trainer.nvfp4 import dequantise
 from trainer.staging import Staging
 
@@ -83,7 +84,21 @@ class LanguageModel:
     dtype: torch.dtype
     weights_sha256: str
     stop_ids: tuple[int, ...]
+    paired: frozenset[str] = frozenset()
+    """Parameters that the file stores as NVFP4 pairs."""
     _tokenizer_sha256: str = field(default="")
+
+    @property
+    def numerics(self) -> Numerics:
+        """What enters the 4-bit layers now (``trainer.numerics``)."""
+        return numerics_of(self.module)
+
+    def use(self, numerics: Numerics) -> None:
+        """Compute in ``numerics`` from here on: nothing is loaded again. Raises ModelError."""
+        try:
+            set_numerics(self.module, self.paired, numerics)
+        except NumericsError as error:
+            raise ModelError(f"{self.path}: {error}") from error
 
     @property
     def pad_id(self) -> int:
@@ -143,7 +158,12 @@ def read_folder(folder: Path) -> tuple[Any, Any]:
 
 
 def load(
-    path: Path, *, folder: Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: Path,
+    *,
+    folder: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    numerics: Numerics = "weights",
 ) -> LanguageModel:
     """Load a .dat with the configuration and tokenizer of ``folder`` (default: the file's own folder).
 
@@ -156,9 +176,10 @@ def load(
     module = _skeleton(config)
     with DatReader(path) as reader:
         fill(module, reader, device=device, dtype=dtype, tied=bool(getattr(config, "tie_word_embeddings", False)))
+        paired = frozenset(reader.pairs()) & {name for name, _ in module.named_parameters()}
     _materialise_buffers(module, config, device)
     module.eval().requires_grad_(False)
-    return LanguageModel(
+    lm = LanguageModel(
         module=module,
         tokenizer=tokenizer,
         config=config,
@@ -168,7 +189,10 @@ def load(
         dtype=dtype,
         weights_sha256=sha256_file(path),
         stop_ids=_stop_ids(config, tokenizer),
+        paired=paired,
     )
+    lm.use(numerics)
+    return lm
 
 
 def decoded(reader: DatReader, name: str, staging: Staging | None = None) -> Tensor | None:

@@ -211,11 +211,12 @@ class Piece:
 
 def each_piece(blocks: int, work: Callable[[Piece, slice], None]) -> None:
     """Call work(piece, which blocks) for all blocks, from as many threads as torch uses. Re-raises the first error."""
+    inference = torch.is_inference_mode_enabled()  # a thread's own: what was made in it can be written in it alone
     starts = iter(range(0, blocks, PIECE))  # shared: `next` on it is atomic, so each start is taken once
 
     def worker() -> None:
         pieces: dict[int, Piece] = {}
-        with np.errstate(all="ignore"):  # overflow and NaN are dealt with by value
+        with torch.inference_mode(inference), np.errstate(all="ignore"):  # overflow and NaN are dealt with by value
             for start in starts:
                 size = min(PIECE, blocks - start)
                 if size not in pieces:

@@ -1,4 +1,4 @@
-"""The inner loop of a training step: a weight under the scales it keeps, compiled.
+"""The inner loops, compiled: a weight under the scales it keeps (every training step), and activations (`w4a4`).
 
 Every step rewrites every weight of the model, so this pass over memory must cost what reading and writing cost. numba
 fuses what numpy does in a dozen passes; its results are those of `trainer.nvfp4_plain`, bit for bit (no fast-math).
@@ -145,6 +145,67 @@ def refresh(w: Tensor, keep: Tensor, out: Tensor, rule: str) -> bool:
         return bad
 
     return each_start(range(0, len(scales), PIECE), work) == 0
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _activations(
+    x: Any, shift: Any, codes: Any, values: Any, middles: Any, w: Any, bits: Any, s: Any, out: Any
+) -> None:
+    """out <- x by the rule `amax`, both bit patterns [blocks * 16] of floats whose last ``shift`` bits are left out.
+
+    ``w``, float32 of x's size, ``bits``, the same memory as uint32, and ``s``, float32 of x's size, are scratch.
+    """
+    highest = np.empty(1, np.uint32)
+    size = highest.view(np.float32)
+    for k in range(len(x)):
+        bits[k] = np.uint32(np.uint32(x[k]) << shift)
+    for i in range(len(x) // BLOCK):
+        most = np.uint32(0)
+        for k in range(i * BLOCK, (i + 1) * BLOCK):
+            most = max(most, bits[k] & np.uint32(0x7FFFFFFF))
+        scale = np.float32(1)  # of a block of zeros: they stay what they are
+        if most >= _INFINITE:
+            scale = np.float32(np.nan)
+        elif most > 0:
+            highest[0] = most
+            first = min(np.searchsorted(middles, size[0] / np.float32(6), side="right"), 126)
+            scale = values[codes[0, first]]
+        for k in range(i * BLOCK, (i + 1) * BLOCK):
+            s[k] = scale
+    for k in range(len(x)):
+        level = min(abs(w[k] / s[k]), np.float32(6))
+        magic = np.float32(4194304) if level < 2 else np.float32(8388608) if level < 4 else np.float32(16777216)
+        s[k] = ((level + magic) - magic) * s[k]
+    signed = s.view(np.uint32)
+    for k in range(len(x)):
+        out[k] = ((signed[k] & np.uint32(0x7FFFFFFF)) | (bits[k] & np.uint32(0x80000000))) >> shift
+
+
+ACTIVATION_PIECE = 1 << 12
+"""Blocks of activations taken at a time: fewer than this are not worth a second thread."""
+
+
+def activations(x: Tensor, out: Tensor) -> None:
+    """out <- x by the rule `amax`; NaN for a block that holds an infinity or NaN.
+
+    x and out bfloat16 or both float32 [blocks, 16]; contiguous, on the CPU.
+    """
+    half = x.dtype == torch.bfloat16
+    source, target = (t.view(-1).view(torch.uint16 if half else torch.uint32).numpy() for t in (x, out))
+    shift = np.uint32(16 if half else 0)
+
+    def work(starts: Iterator[int]) -> int:
+        w, s = (np.empty(min(ACTIVATION_PIECE, len(x)) * BLOCK, np.float32) for _ in range(2))
+        for start in starts:
+            part = slice(start * BLOCK, min(start + ACTIVATION_PIECE, len(x)) * BLOCK)
+            size = part.stop - part.start
+            own = w[:size]
+            _activations(
+                source[part], shift, CODES, _VALUES, _MIDDLES, own, own.view(np.uint32), s[:size], target[part]
+            )
+        return 0
+
+    each_start(range(0, len(x), ACTIVATION_PIECE), work)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from trainer.examples import Batch, Row, batches
 from trainer.fused import head_loss
 from trainer.model import LanguageModel
+from trainer.numerics import seen_by
 from trainer.packed import forward
 
 LOGIT_ROWS = 128
@@ -34,7 +35,10 @@ def kl(base_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 class BaseTraces:
-    """The base's last hidden states at the completions of ``rows``, and its output layer."""
+    """The base's last hidden states at the completions of ``rows``, and its output layer.
+
+    The states are kept as the output layer takes them in the base's numerics of that moment.
+    """
 
     @torch.no_grad()
     def __init__(self, base: LanguageModel, rows: Sequence[Row], *, batch_tokens: int = 4096) -> None:
@@ -45,7 +49,8 @@ class BaseTraces:
         used = [i for i, row in enumerate(self.rows) if row.completion_ids]
         for batch in batches(self.rows, used, base.device, batch_tokens):
             sizes = [len(self.rows[i].completion_ids) for i in batch.rows]
-            for index, state in zip(batch.rows, torch.split(hidden_at(base, batch), sizes), strict=True):
+            hidden = seen_by(base.module.get_submodule("lm_head"), hidden_at(base, batch))
+            for index, state in zip(batch.rows, torch.split(hidden, sizes), strict=True):
                 self.states[index] = state.clone()
 
     def kl(self, lm: LanguageModel, batch: Batch) -> Tensor:
@@ -97,7 +102,7 @@ def weighted_losses(
     owner, targets = owner[order], batch.targets[order][: int((~held).sum())]
     states = [traces.states[i - first] for i in batch.rows if i >= first]
     head = lm.module.get_parameter("lm_head.weight")
-    hidden = hidden_at(lm, batch)[order]
+    hidden = seen_by(lm.module.get_submodule("lm_head"), hidden_at(lm, batch))[order]
     total, losses = head_loss(
         hidden,
         head,

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from trainer.fused import embed
 from trainer.model import LanguageModel, ModelError
+from trainer.numerics import W4A4Linear
 
 ATTENTION = "align_packed"
 """The name under which transformers' attention layers find ``attention``."""
@@ -62,7 +63,7 @@ def _check_ends(lm: LanguageModel) -> None:
     first, last = lm.module.get_submodule("model.embed_tokens"), lm.module.get_submodule("lm_head")
     if type(first) is not nn.Embedding:
         raise ModelError(f"{lm.folder}: its embedding is a {type(first).__name__}, which cannot be trained here")
-    if type(last) is not nn.Linear or last.bias is not None:
+    if type(last) not in (nn.Linear, W4A4Linear) or last.bias is not None:
         raise ModelError(f"{lm.folder}: its output layer is not a plain matrix, and cannot be trained here")
 
 

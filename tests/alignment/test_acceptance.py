@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from alignment import acceptance
 from alignment.acceptance import Acceptance, judge_file, main, one_line, pick_device
+from alignment.gate import assess
 from alignment.suite import collect
 from trainer.model import ModelError
 
@@ -126,3 +128,40 @@ def test_pick_device() -> None:
         with pytest.raises(ModelError, match="--device cuda: torch finds no CUDA device here; use auto or cpu"):
             pick_device("cuda")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_both_numerics_of_one_load(
+    tiny_model: Path, tiny_weights: Callable[..., Path], specs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file asked in both is what two judgements in one each say, and the base is each time in the same numerics."""
+    weight = tiny_weights(tmp_path / "x.dat", seed=1)
+    facts: dict[str, Any] = {"model": tiny_model, "base": None, "specs": specs, "template": "chat"}
+    loads = []
+    real = acceptance.load
+
+    def load(path: Path, **more: Any) -> Any:
+        loads.append(path.name)
+        return real(path, **more)
+
+    monkeypatch.setattr(acceptance, "load", load)
+    both = judge_file(weight, **facts, both=True)
+    assert loads == ["base.dat", "x.dat"]
+    apart = {name: judge_file(weight, **facts, numerics=name) for name in ("weights", "w4a4")}  # type: ignore[arg-type]
+    assert both.other is not None
+    assert both.evaluation.outcomes == apart["weights"].evaluation.outcomes
+    assert both.other.outcomes == apart["w4a4"].evaluation.outcomes
+    texts = [[o.base_reply.text for o in e.outcomes] for e in (both.evaluation, both.other)]
+    assert texts[0] != texts[1], "the base was asked in the other numerics, too"
+    assert (both.numerics, apart["w4a4"].numerics, apart["weights"].other) == ("weights", "w4a4", None)
+    turned = judge_file(weight, **facts, numerics="w4a4", both=True)
+    assert turned.evaluation.outcomes == both.other.outcomes
+    assert turned.assessment == assess(both.other)
+    assert Acceptance.from_json(json.loads(json.dumps(turned.to_json())), collect(specs)) == turned
+
+
+def test_the_base_is_as_good_as_itself_in_both(tiny_model: Path, specs: Path) -> None:
+    found = judge_file(tiny_model / "base.dat", model=None, base=None, specs=specs, template="chat", both=True)
+    assert found.other is not None
+    for evaluation in (found.evaluation, found.other):
+        assert evaluation.drift == pytest.approx(0, abs=1e-6)
+        assert not any(o.changed for o in evaluation.outcomes)

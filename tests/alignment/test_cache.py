@@ -19,7 +19,7 @@ PROMPTS = [("你是誰", 24), ("Who are you?", 24)]
 
 
 def model(**changes: Any) -> Any:
-    facts = {"weights_sha256": "a" * 64, "tokenizer_sha256": "b" * 64, "dtype": torch.float32}
+    facts = {"weights_sha256": "a" * 64, "tokenizer_sha256": "b" * 64, "dtype": torch.float32, "numerics": "weights"}
     return SimpleNamespace(**{**facts, "device": torch.device("cpu"), **changes})
 
 
@@ -55,6 +55,7 @@ def test_a_second_process_is_served(tmp_path: Path, asked: Asked) -> None:
         {"weights_sha256": "c" * 64},
         {"tokenizer_sha256": "c" * 64},
         {"dtype": torch.bfloat16},
+        {"numerics": "w4a4"},
         {"device": torch.device("meta")},
     ],
 )

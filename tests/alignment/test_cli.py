@@ -197,6 +197,7 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
         (["--base", "nowhere"], "--base nowhere: neither a known base (smollm2-135m, "),
         (["--base", "specs"], "--base specs: no specs/base.dat; `align models` lists bases"),
         (["--template", "poem"], "--template poem: choose chat or runner"),
+        (["--numerics", "w4a8"], "--numerics w4a8: choose weights or w4a4"),
         (["--device", "tpu"], "--device tpu: choose auto, cpu or cuda"),
         (["--specs", "elsewhere"], "elsewhere"),
         (["--data", "elsewhere"], "elsewhere"),
@@ -248,7 +249,20 @@ def test_a_run_exits_with_the_code_of_its_verdict(
 
     monkeypatch.setattr(run, "run", fake)
     done = align(
-        "run", "--base", "tiny", "--out", "a b.dat", "--seed", "3", "--lr", "1e-3", "--all-steps", "--steps", "9"
+        "run",
+        "--base",
+        "tiny",
+        "--out",
+        "a b.dat",
+        "--seed",
+        "3",
+        "--lr",
+        "1e-3",
+        "--all-steps",
+        "--steps",
+        "9",
+        "--numerics",
+        "w4a4",
     )
     assert done.code == code
     assert done.err == ""
@@ -256,7 +270,7 @@ def test_a_run_exits_with_the_code_of_its_verdict(
         assert text in done.out
     [(config, command)] = asked
     assert (config.base, config.out, config.seed, config.steps) == (Path("tiny"), Path("a b.dat"), 3, 9)
-    assert (config.fit.lr, config.until_green) == (1e-3, False)
+    assert (config.fit.lr, config.until_green, config.numerics) == (1e-3, False, "w4a4")
     assert command.startswith("align run --base tiny --out 'a b.dat' --seed 3")
 
 

@@ -64,6 +64,19 @@ def test_margins_of_real_replies_are_kept_for_every_choice(tiny_model: Path) -> 
         assert one.margin == min(one.margins)
 
 
+def test_a_base_in_other_numerics_is_no_yardstick(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "facts.spec.yaml").write_text(
+        "spec: facts\nkind: preserve\nsays: x\nmax_tokens: 4\nexpect: {like_base: true}\ncases: {dev: [good day]}\n",
+        encoding="utf-8",
+    )
+    lm = load(tiny_model / "base.dat", dtype=torch.float32, numerics="w4a4")
+    judge = Evaluator(lm, collect(tmp_path))
+    assert judge(lm, "dev").drift == pytest.approx(0, abs=1e-6)
+    lm.use("weights")
+    with pytest.raises(ValueError, match="the base was asked in numerics w4a4, the model is in weights"):
+        judge(lm, "dev")
+
+
 def test_a_reply_that_does_what_a_target_asks_is_a_hijack(tiny_model: Path, tmp_path: Path) -> None:
     lm = load(tiny_model / "base.dat", dtype=torch.float32)
     asked = ["good day", "1 + 1"]

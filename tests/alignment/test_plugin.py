@@ -45,7 +45,7 @@ def pytest_configure(config):
     def reply(text):
         return Reply(text=text, tokens=(1,), stopped=not text.endswith("~"), margin=1.0)
 
-    def judge_file(weight, *, specs, **_):
+    def judge_file(weight, *, specs, numerics, **_):
         table = json.loads(pathlib.Path("replies.json").read_text(encoding="utf-8"))
         outcomes = []
         for case in suite.collect(specs).cases:
@@ -56,7 +56,8 @@ def pytest_configure(config):
                 drift=table["drift"] if case.kind in ("preserve", "general") else None))
         found = evaluate.Evaluation(outcomes=tuple(outcomes), splits=("dev",), seconds=0.0)
         return acceptance.Acceptance(
-            evaluation=found, assessment=gate.assess(found), weight_sha256="a" * 64, base_sha256="b" * 64)
+            evaluation=found, assessment=gate.assess(found), weight_sha256="a" * 64, base_sha256="b" * 64,
+            numerics=numerics)
 
     acceptance.judge_file = judge_file
     acceptance.check_headers = lambda weight: None
@@ -317,7 +318,22 @@ def test_a_real_evaluation(bench: Bench, tiny_model: Path, tiny_weights: Callabl
     assert "drift" in "".join(line for line in result.outlines if line.startswith("FAILED"))
     again = bench.run("specs", "--weight", tiny_model / "base.dat")
     again.assert_outcomes(passed=7, skipped=4)
-    assert "drift 0.000" in again.stdout.str()
+    assert "numerics weights: 9 cases, drift 0.000" in again.stdout.str()
+    rounded = bench.run("specs", "--weight", tiny_model / "base.dat", "--numerics", "w4a4")
+    rounded.assert_outcomes(passed=7, skipped=4)
+    assert "numerics w4a4: 9 cases, drift 0.000" in rounded.stdout.str(), "the base is asked in the same numerics"
+
+
+def test_numerics_reach_the_judge_and_no_others_are_taken(bench: Bench) -> None:
+    bench.specs(a=TARGET)
+    bench.fake()
+    assert "numerics weights: 5 cases" in bench.judge().stdout.str()
+    assert "numerics w4a4: 5 cases" in bench.judge("--numerics", "w4a4").stdout.str()
+    assert "numerics w4a4: 5 cases" in bench.judge("--align-numerics", "w4a4").stdout.str()
+    result = bench.judge("--numerics", "w4a8")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "invalid choice: 'w4a8'" in result.stderr.str()
+    assert "Traceback" not in result.stderr.str()
 
 
 def test_weights_of_another_architecture(bench: Bench, tiny_model: Path, tiny_weights: Callable[..., Path]) -> None:

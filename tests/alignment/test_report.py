@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment import report
+from alignment import markdown, report
 from alignment.evaluate import Evaluation, Outcome
 from alignment.gate import EXIT_CODES, Verdict, assess
 from alignment.record import EvalRecord, RunRecord, StepRecord
@@ -353,13 +353,13 @@ def test_a_hostile_reply_is_shown_as_text_in_one_row(name: str, tmp_path: Path) 
 def test_a_markdown_reader_sees_the_very_characters(name: str) -> None:
     reader = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})  # comes with rich
     said = HOSTILE[name][0]
-    page = reader.render("\n".join(["| a | b |", "| --- | --- |", f"| x | {report.escape(said)} |"]))
+    page = reader.render("\n".join(["| a | b |", "| --- | --- |", f"| x | {markdown.escape(said)} |"]))
     (_, cell) = re.findall(r"<td>(.*?)</td>", page, flags=re.DOTALL)
-    if not said.strip() or len(said) > report.LIMIT:
+    if not said.strip() or len(said) > markdown.LIMIT:
         return  # the notes on these are markup of our own
     assert re.findall(r"<[^>]*>", cell) == ["<br>"] * said.count("\n")
     assert html.unescape(cell.replace("<br>", "\n")) == "\n".join(
-        map(report.visible, said.replace("\r\n", "\n").split("\n"))
+        map(markdown.visible, said.replace("\r\n", "\n").split("\n"))
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from alignment.acceptance import judge_file
 from alignment.config import RunConfig, RunError
 from alignment.run import run
 from alignment.view import View
@@ -78,6 +79,24 @@ def test_a_run_trains_until_green_and_what_it_leaves_belongs_together(config: Ru
     with DatReader(config.base_file) as old, DatReader(config.out) as new:
         assert list(old.entries) == list(new.entries)
         assert [e.scalar_type for e in old.entries.values()] == [e.scalar_type for e in new.entries.values()]
+
+
+def test_a_run_in_w4a4_trains_and_judges_in_it(config: RunConfig) -> None:
+    record = run(RunConfig(**{**vars(config), "numerics": "w4a4"}), view=View(), command="align run …")
+    assert record.verdict == "green", record.cause
+    assert (record.numerics, record.config["numerics"]) == ("w4a4", "w4a4")
+    assert record.final is not None
+    assert record.other is not None
+    assert [o.case.id for o in record.other.outcomes] == [o.case.id for o in record.final.outcomes]
+    assert record.other.outcomes != record.final.outcomes
+    beside = json.loads(config.out.with_name("x.dat.json").read_text(encoding="utf-8"))
+    assert beside["config"]["numerics"] == "w4a4"
+    assert beside["metrics"]["numerics"]["decided"] == "w4a4"
+    assert beside["metrics"]["numerics"]["passed"]["w4a4"] == sum(o.passed for o in record.final.outcomes)
+    text = (config.reports / record.run / "report.md").read_text(encoding="utf-8")
+    assert "\nw4a4 decided. The same file was also asked in weights" in text
+    again = judge_file(config.out, model=None, base=None, specs=config.specs, template="chat", numerics="w4a4")
+    assert again.evaluation.outcomes == record.final.outcomes, "the file says the same to whoever asks in w4a4"
 
 
 def test_a_run_without_time_to_learn_is_red_and_leaves_nothing_at_its_name(config: RunConfig) -> None:
