@@ -207,7 +207,7 @@ def _fake(src: Tensor, out: Tensor, rule: Rule, name: str, *, strict: bool, keep
     apart = flat.untyped_storage().data_ptr() != blocks.untyped_storage().data_ptr()
     if not strict and rule == "amax" and kept is None and src.device.type == "cpu" and src.dtype == out.dtype in _JIT:
         nvfp4_jit.activations(blocks, flat)
-        _delivered(target, flat)
+        deliver(target, flat)
         return
     fast = apart and src.device.type == "cpu" and src.dtype == torch.float32 and flat.dtype in _JIT
     if fast and kept is not None and nvfp4_jit.refresh(blocks, kept, flat, rule):
