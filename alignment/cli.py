@@ -107,6 +107,7 @@ def run(
     numerics: Annotated[
         str, typer.Option(help="weights: 4-bit weights; w4a4: activations in 4 bits, too, as a 4-bit kernel does.")
     ] = "weights",
+    rule: Annotated[str, typer.Option(help="How block scales are chosen: mse or amax.")] = "mse",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Train until the specs pass, export, and judge the file in a fresh process.
@@ -122,6 +123,8 @@ def run(
 
     if template not in ("chat", "runner"):
         raise Fault(f"--template {template}: choose chat or runner")
+    if rule not in ("mse", "amax"):
+        raise Fault(f"--rule {rule}: choose mse or amax")
     if device not in ("auto", "cpu", "cuda"):
         raise Fault(f"--device {device}: choose auto, cpu or cuda")
     options: dict[str, Any] = {"steps": steps, "eval_every": eval_every, "budget_minutes": budget_minutes}
@@ -139,6 +142,7 @@ def run(
         seed=seed,
         until_green=until_green,
         template=template,  # type: ignore[arg-type]
+        rule=rule,  # type: ignore[arg-type]
         numerics=numerics,  # type: ignore[arg-type]
         device=device,
         fit=fit,

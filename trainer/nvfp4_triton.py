@@ -4,7 +4,7 @@ Promises: the results of the plain path in `trainer.nvfp4_plain`, bit for bit. W
 
 - The sum over a block's squared errors is part of the rule, its order included, and a compiler's own reduction has an
   order of its choosing: so a thread has a block, sixteen numbers, and the sum is written out. (Splitting a tile of
-  blocks into its columns did the same five times slower: docs/experiments.md, 11.)
+  blocks into its columns did the same five times slower: docs/experiments.md, 12.)
 - So scales are settled in one pass and weights rounded in a second one, where a thread has part of a block and memory
   is read in its order.
 - Nothing may be contracted to a fused multiply-add behind our back: `enable_fp_fusion=False`. The seven divisions of
@@ -34,7 +34,7 @@ except ImportError:  # pragma: no cover - the CPU builds of torch come without i
         triton = None
 
 _ROWS = 128
-"""Blocks in a program: 2,048 weights, 16 a thread. Measured on one H100: docs/experiments.md, 11."""
+"""Blocks in a program: 2,048 weights, 16 a thread. Measured on one H100: docs/experiments.md, 12."""
 
 
 @functools.cache

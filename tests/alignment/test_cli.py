@@ -198,6 +198,7 @@ def project(tmp_path: Path, tiny_model: Path) -> Path:
         (["--base", "specs"], "--base specs: no specs/base.dat; `align models` lists bases"),
         (["--template", "poem"], "--template poem: choose chat or runner"),
         (["--numerics", "w4a8"], "--numerics w4a8: choose weights or w4a4"),
+        (["--rule", "max"], "--rule max: choose mse or amax"),
         (["--device", "tpu"], "--device tpu: choose auto, cpu or cuda"),
         (["--specs", "elsewhere"], "elsewhere"),
         (["--data", "elsewhere"], "elsewhere"),
@@ -261,6 +262,8 @@ def test_a_run_exits_with_the_code_of_its_verdict(
         "--all-steps",
         "--steps",
         "9",
+        "--rule",
+        "amax",
         "--numerics",
         "w4a4",
     )
@@ -270,7 +273,7 @@ def test_a_run_exits_with_the_code_of_its_verdict(
         assert text in done.out
     [(config, command)] = asked
     assert (config.base, config.out, config.seed, config.steps) == (Path("tiny"), Path("a b.dat"), 3, 9)
-    assert (config.fit.lr, config.until_green, config.numerics) == (1e-3, False, "w4a4")
+    assert (config.fit.lr, config.until_green, config.numerics, config.rule) == (1e-3, False, "w4a4", "amax")
     assert command.startswith("align run --base tiny --out 'a b.dat' --seed 3")
 
 
