@@ -94,9 +94,9 @@ class Piece:
         finite ones.
         """
         np.divide(self.amax, _F(6), out=self.best)
-        self.scale8.copy_(
-            torch.from_numpy(self.best)
-        )  # beyond 448 this gives NaN, byte 127, which `CODES` takes to 126
+        # What becomes of a number beyond 448 differs between versions of torch: 2.11 makes it NaN, 2.13 does not.
+        np.minimum(self.best, _F(448), out=self.best)
+        self.scale8.copy_(torch.from_numpy(self.best))
         code = self.scale8.view(torch.uint8).numpy()
         if rule == "amax":
             np.take(CODES[0], code, out=code, mode="clip")
