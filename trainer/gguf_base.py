@@ -17,8 +17,7 @@ from torch import Tensor
 
 from trainer.dat import DatWriter, ScalarType
 from trainer.nvfp4 import Rule, quantise
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+from trainer.transfer import MODEL_TYPES
 
 
 class GgufError(Exception):
@@ -56,10 +55,8 @@ def open_gguf(path: Path) -> Any:
         architecture = str(reader.fields["general.architecture"].contents())
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # what a broken file makes of its reader
         raise GgufError(f"{path}: not a whole GGUF file ({' '.join(str(error).split()) or 'no header'})") from error
-    if architecture not in ARCHITECTURES:
-        raise GgufError(
-            f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
+    if architecture not in MODEL_TYPES:
+        raise GgufError(f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none":
         raise GgufError(f"{path}: rope scaling {scaling.contents()!r} is not supported")

@@ -271,6 +271,7 @@ def _work(
 
 
 def on_cuda(device: torch.device) -> bool:
+    """Whether tensors on ``device`` take the path of `trainer.nvfp4_triton`."""
     return device.type == "cuda" and nvfp4_triton.available()
 
 
